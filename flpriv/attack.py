@@ -1,0 +1,80 @@
+"""The contract of an attack, and of a trap: what a malicious operator sends instead of the honest model."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, ClassVar, final
+
+import torch
+from pydantic import ConfigDict
+from torch import Tensor
+
+from flpriv.capture import Capture
+from flpriv.claim import Claim, Goal
+from flpriv.errors import ThreatError
+from flpriv.records import Records
+from flpriv.state import State, add, difference
+from flpriv.task import Task
+from flpriv.threat import Can, spell
+
+if TYPE_CHECKING:
+    from torch import nn
+
+
+class Trap(ABC):
+    """What is sent, to whom and when. Armed messages are new states: the honest one is never changed in place."""
+
+    @abstractmethod
+    def arm(self, honest: State, *, round: int, node: int) -> State | None:
+        """The state to send to ``node`` in ``round``, or ``None`` to send the honest one."""
+
+    def disarm(self, returned: State, *, sent: State, honest: State) -> State:
+        """What the honest strategy is given in place of ``returned``: the honest model plus the update of the layers it shares.
+
+        Keeps keys, shapes and dtypes of ``honest``; running statistics and counters are the honest ones.
+        """
+        shared = {k: v for k, v in sent.items() if k in honest and v.shape == honest[k].shape}
+        return add(honest, difference({k: returned[k] for k in shared}, shared))
+
+    @property
+    def secrets(self) -> Mapping[str, Tensor]:
+        """What the operator keeps for the read-out, stored with its capture."""
+        return {}
+
+
+class Attack(ABC):
+    """An attack: a frozen dataclass whose fields are its options. A plugin writes :meth:`run` and nothing else.
+
+    Class attributes: ``name`` (as in scenarios), ``goal``, ``needs`` (capabilities without which it cannot run), ``paper``.
+    """
+
+    __pydantic_config__ = ConfigDict(extra="forbid")
+
+    name: ClassVar[str]
+    goal: ClassVar[Goal]
+    needs: ClassVar[Can]
+    paper: ClassVar[str]
+
+    @abstractmethod
+    def run(self, capture: Capture, *, rng: torch.Generator) -> Sequence[Claim]:
+        """Make claims from the capture alone; all randomness comes from ``rng``, and the capture is not altered."""
+
+    def trap(self, task: Task, *, public: Records | None, rng: torch.Generator) -> Trap | None:
+        """For an active attack, what the operator sends; ``None`` for a passive one."""
+        return None
+
+    def architecture(self, model: nn.Module, task: Task) -> nn.Module:
+        """The model definition the operator ships with its trap; by default the agreed one, unchanged."""
+        return model
+
+    @final
+    def __call__(self, capture: Capture, *, seed: int = 0) -> list[Claim]:
+        """Run with the needs checked.
+
+        Raises:
+            ThreatError: if the capture does not grant what the attack needs.
+        """
+        if missing := self.needs & ~capture.granted:
+            raise ThreatError(f"{self.name} needs '{spell(missing)}', which the threat model does not grant")
+        return list(self.run(capture, rng=torch.Generator().manual_seed(seed)))

@@ -1,0 +1,96 @@
+"""What an attack asserts. Claims know nothing of the truth; measures bring the two together."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import StrEnum
+
+from torch import Tensor
+
+
+class Goal(StrEnum):
+    """What an attack is after; decides the measure."""
+
+    RECONSTRUCTION = "reconstruction"
+    MEMBERSHIP = "membership"
+    ATTRIBUTE = "attribute"
+    PRIVACY_BOUND = "privacy-bound"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Reconstruction:
+    """Images said to be among the records behind one update.
+
+    Args:
+        images: ``(N, C, *spatial)`` float in [0, 1]; N may differ from the true number.
+        round: of the observation.
+        node: pseudonym, or ``None`` for claims about a sum over clients.
+        labels: ``(N,)`` int64, where the attack tells them.
+        confidence: ``(N,)``, larger is surer, where the attack tells it.
+        objective: ``(N,)`` or scalar final value of the attack's own objective, lower is better; selection goes by this alone.
+    """
+
+    images: Tensor
+    round: int
+    node: int | None
+    labels: Tensor | None = None
+    confidence: Tensor | None = None
+    objective: Tensor | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Membership:
+    """A score for each of the capture's candidates.
+
+    Args:
+        scores: ``(N,)`` float64, larger means more likely a member.
+        node: ``None`` for membership in the federation, else in that node's training set.
+    """
+
+    scores: Tensor
+    node: int | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Attribute:
+    """A guess of one attribute of each of the capture's candidates.
+
+    Args:
+        attribute: ``"site"``, ``"sex"``, ``"age"``, ….
+        classes: names of the guessed values.
+        probabilities: ``(N, len(classes))``, rows sum to 1.
+        probe: what made the guess (``"logistic probe"``, ``"head"``).
+        baseline: empty for the attack itself; else the name of the baseline this claim is (``"untrained backbone"``).
+        repeat: index of the repetition (seed).
+    """
+
+    attribute: str
+    classes: tuple[str, ...]
+    probabilities: Tensor
+    probe: str
+    baseline: str = ""
+    repeat: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class PrivacyBound:
+    """An empirical lower bound on epsilon.
+
+    Args:
+        epsilon: the bound, ≥ 0.
+        delta: in (0, 1).
+        confidence: of the bound, e.g. .95.
+        ceiling: the largest bound this test could have shown.
+        canaries: how many records were used.
+        claimed: the epsilon the defence claims, where known.
+    """
+
+    epsilon: float
+    delta: float
+    confidence: float
+    ceiling: float
+    canaries: int
+    claimed: float | None = None
+
+
+Claim = Reconstruction | Membership | Attribute | PrivacyBound

@@ -1,0 +1,114 @@
+"""A scenario's sites and task, opened once per process: a stateless client does not read its images again every round."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Mapping
+from functools import lru_cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from flpriv.errors import DataError, ScenarioError
+from flpriv.registry import create
+from flpriv.site import Site, Sites, Split, SplitPlan, load, split_patients
+from flpriv.task import Task
+
+if TYPE_CHECKING:
+    from flpriv.records import Records
+    from flpriv.scenario import Scenario
+
+_VARIABLE = re.compile(r"\$\{(\w+)\}")
+
+
+def source(scenario: Scenario) -> Sites:
+    """The scenario's source of sites, its ``root`` resolved against the scenario's folder and the environment.
+
+    Raises:
+        ScenarioError: for an unknown option, or an environment variable that is not set.
+    """
+    return _source(_key(scenario))
+
+
+def sites(scenario: Scenario) -> tuple[Site, ...]:
+    """All sites with every entry's split decided; no image is read.
+
+    Raises:
+        DataError: naming the file, row, site or patient that is wrong.
+    """
+    return _sites(_key(scenario))
+
+
+def records(scenario: Scenario, site: int, split: Split) -> Records:
+    """The images of one split of the site at index ``site``, read once per process.
+
+    Raises:
+        DataError: if there is no such site, or an image cannot be read.
+    """
+    known = sites(scenario)
+    if not 0 <= site < len(known):
+        raise DataError(f"no site with index {site}: the source has {len(known)} sites")
+    return _records(_key(scenario), site, split)
+
+
+def task(scenario: Scenario, defenses: tuple[str, ...] = ()) -> Task:
+    """The task the sites agree on under a stack of defences (labels)."""
+    opened = source(scenario)
+    changes = tuple((spec.defense, dict(spec.options)) for spec in map(scenario.defense, defenses))
+    return Task(
+        modality=opened.modality,
+        shape=opened.shape,
+        classes=tuple(opened.classes),
+        model=scenario.model.name,
+        options=scenario.model.options,
+        mean=scenario.model.mean,
+        std=scenario.model.std,
+        changes=changes,
+    )
+
+
+def _key(scenario: Scenario) -> str:
+    from dataclasses import asdict
+
+    return json.dumps(
+        {
+            "source": scenario.sites.source,
+            "split": asdict(scenario.sites.split),
+            "options": _resolved(scenario.sites.options, scenario.root),
+            "plugins": [str(path) for path in scenario.plugins],
+        },
+        sort_keys=True,
+    )
+
+
+def _resolved(options: Mapping[str, Any], root: Path) -> dict[str, Any]:
+    """Options with ``${NAME}`` filled in and a relative ``root`` taken from the scenario's folder."""
+
+    def fill(match: re.Match[str]) -> str:
+        name = match[1]
+        if name not in os.environ:
+            raise ScenarioError(f"sites.root: environment variable {name} is not set; set it or give --set sites.root=PATH")
+        return os.environ[name]
+
+    done = {key: _VARIABLE.sub(fill, value) if isinstance(value, str) else value for key, value in options.items()}
+    if isinstance(done.get("root"), str):
+        done["root"] = str((root / done["root"]).resolve())
+    return done
+
+
+@lru_cache(maxsize=4)
+def _source(key: str) -> Sites:
+    facts = json.loads(key)
+    opened: Sites = create("sites", facts["source"], facts["options"], files=[Path(p) for p in facts["plugins"]])
+    return opened
+
+
+@lru_cache(maxsize=4)
+def _sites(key: str) -> tuple[Site, ...]:
+    return split_patients(_source(key).list(), SplitPlan(**json.loads(key)["split"]))
+
+
+@lru_cache(maxsize=4096)
+def _records(key: str, site: int, split: Split) -> Records:
+    return load(_sites(key)[site], split, shape=_source(key).shape)

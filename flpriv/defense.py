@@ -1,0 +1,163 @@
+"""The contract of a defence: a Flower mod by itself, and hooks into flpriv's own training loop."""
+
+from __future__ import annotations
+
+from abc import ABC
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+from pydantic import ConfigDict
+
+from flpriv.state import State, add, difference
+
+if TYPE_CHECKING:
+    import torch
+    from flwr.app import Context, Message
+    from torch import nn
+    from torch.utils.data import DataLoader
+
+    from flpriv.records import Records
+    from flpriv.task import Task
+
+CallNext = Callable[["Message", "Context"], "Message"]
+"""The rest of the app, as a Flower mod is handed it."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Loop:
+    """The things of a local training loop; a defence takes one and gives one back.
+
+    Args:
+        model: in the mode it will be trained in.
+        optimizer: over ``model``'s parameters.
+        loader: yields ``(images, labels, rows)``; ``rows`` index the site's training records for the witness.
+        loss: ``(logits, labels)`` to a scalar mean over the batch.
+        finish: called once after the last local step, e.g. to spend privacy budget or unwrap the model.
+    """
+
+    model: nn.Module
+    optimizer: torch.optim.Optimizer
+    loader: DataLoader[Any]
+    loss: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+    finish: tuple[Callable[[], None], ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Local:
+    """Where a defence runs: one site in one round. Nothing of it leaves the site.
+
+    Args:
+        site: the site's name, for its own log.
+        round: 1, 2, ….
+        rng: seeded for this site, round and defence.
+        folder: the site's private folder (accountants, logs), or ``None`` where there is none.
+        task: the agreed task, where known; a guard rebuilds the agreed architecture from it.
+        records: reads the site's own training records, where there are any.
+        notes: what the defence wants to say about this round (``{"epsilon": 1.3}``); kept with the site's witness.
+    """
+
+    site: str
+    round: int
+    rng: torch.Generator
+    folder: Path | None = None
+    task: Task | None = None
+    records: Callable[[], Records] | None = None
+    notes: dict[str, float | str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Refusal:
+    """Why a site does not take part in this round: ``reason`` in one sentence, safe to send to the server."""
+
+    reason: str
+
+
+class Defense(ABC):
+    """A defence: a frozen dataclass whose fields are its options. A plugin overrides the hooks it needs.
+
+    An instance is a Flower mod: ``ClientApp(mods=[TopK(keep=0.01)])`` protects any app's updates (the ``prepare`` hook needs
+    flpriv's own loop). It acts on training messages alone, and on parameters, never on counters or running statistics.
+
+    Class attributes: ``name`` (as in scenarios), ``acts_on``, ``paper``.
+    """
+
+    __pydantic_config__ = ConfigDict(extra="forbid")
+
+    name: ClassVar[str]
+    acts_on: ClassVar[Literal["update", "loop", "data", "received"]]
+    paper: ClassVar[str]
+
+    def architecture(self, model: nn.Module) -> nn.Module:
+        """The model the whole federation agrees on under this defence (BatchNorm replaced, a bottleneck added)."""
+        return model
+
+    def inspect(self, received: State, *, local: Local) -> Refusal | None:
+        """Judge the model received before any training on it."""
+        return None
+
+    def prepare(self, loop: Loop, *, local: Local) -> Loop:
+        """Reshape training."""
+        return loop
+
+    def protect(self, update: State, *, local: Local) -> State:
+        """Alter the update (parameters only) before it leaves; keys, shapes and dtypes stay."""
+        return update
+
+    def __call__(self, message: Message, context: Context, call_next: CallNext) -> Message:
+        """The Flower mod."""
+        return guard((self,), message, context, call_next, local=_anywhere(message, context, self))
+
+
+def guard(
+    defenses: tuple[Defense, ...], message: Message, context: Context, call_next: CallNext, *, local: Callable[[int], Local]
+) -> Message:
+    """Run ``inspect`` before and ``protect`` after ``call_next``; the first defence touches the update first.
+
+    ``local`` gives each defence, by position, its surroundings. The first refusal ends the round for this site with an
+    error reply that carries the reason.
+    """
+    from flwr.app import ArrayRecord, Error, Message
+    from flwr.common.constant import ErrorCode
+
+    if message.metadata.message_type.split(".")[0] != "train" or not message.has_content():
+        return call_next(message, context)
+    received = {key: record for key, record in message.content.array_records.items()}
+    if len(received) != 1:
+        return call_next(message, context)
+    sent = next(iter(received.values())).to_torch_state_dict()
+    for place, defense in enumerate(defenses):
+        if refusal := defense.inspect(sent, local=local(place)):
+            return Message(Error(ErrorCode.MOD_FAILED_PRECONDITION, f"{defense.name}: {refusal.reason}"), reply_to=message)
+    reply = call_next(message, context)
+    if reply.has_error() or len(reply.content.array_records) != 1:
+        return reply
+    name, record = next(iter(reply.content.array_records.items()))
+    returned = record.to_torch_state_dict()
+    before = difference({key: returned[key] for key in sent}, sent)
+    update: State = before
+    for place, defense in enumerate(defenses):
+        update = defense.protect(update, local=local(place))
+    if update is not before:
+        reply.content[name] = ArrayRecord(add({**returned, **{k: sent[k] for k in update}}, update))
+    return reply
+
+
+def _anywhere(message: Message, context: Context, defense: Defense) -> Callable[[int], Local]:
+    """Surroundings in an app that is not ours: the round from the message, the seed from node and round."""
+    import torch
+
+    configs = list(message.content.config_records.values()) if message.has_content() else []
+    server_round = int(next((c["server-round"] for c in configs if "server-round" in c), 0))  # type: ignore[arg-type]
+    seed = (context.node_id * 1_000_003 + server_round) % 2**63
+    local = Local(site=f"node {context.node_id}", round=server_round, rng=torch.Generator().manual_seed(seed))
+    return lambda _: local
+
+
+def with_seed(local: Local, seed: int) -> Local:
+    """The same surroundings with a fresh generator."""
+    import torch
+
+    return replace(local, rng=torch.Generator().manual_seed(seed))
+

@@ -1,0 +1,436 @@
+"""One TOML file says it all: parsed, checked at the border, frozen. Nothing here imports torch."""
+
+from __future__ import annotations
+
+import json
+import re
+import tomllib
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields, replace
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import ConfigDict, Field
+
+from flpriv.errors import ScenarioError, near
+from flpriv.recipe import LocalRecipe
+from flpriv.registry import plugins, validate
+from flpriv.site import SplitPlan
+from flpriv.threat import NAMED, Threat, threat
+
+LABEL = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
+UNDEFENDED = "none"
+EngineName = Literal["inline", "simulation"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class SitesTable:
+    """``[sites]``: where the images are. Further keys are the source's own options.
+
+    Args:
+        source: registered name of the source.
+        split: patient-level split where the source has none.
+        options: the source's own fields.
+    """
+
+    source: str = "phantom"
+    split: SplitPlan = SplitPlan()
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelTable:
+    """``[model]``: what is trained. Further keys are the model's own options.
+
+    Args:
+        name: registered name, or import path ``"package.module:factory"``.
+        mean: subtracted from images in [0, 1].
+        std: divides them after that, > 0.
+        options: the model's own fields.
+    """
+
+    name: str = "cnn"
+    mean: float = 0.0
+    std: float = 1.0
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True)
+class FederationTable:
+    """``[federation]``: how it trains.
+
+    Args:
+        rounds: number of rounds, ≥ 1.
+        strategy: a strategy of Flower by class name (``"FedAvg"``, ``"FedProx"``, ``"Krum"``), a registered one, or an import path.
+        options: keyword arguments of the strategy, ``[federation.options]``.
+        local: the local recipe, ``[federation.local]``.
+        timeout: seconds to wait for a round's replies.
+    """
+
+    __pydantic_config__ = ConfigDict(extra="forbid")
+
+    rounds: Annotated[int, Field(ge=1)] = 3
+    strategy: str = "FedAvg"
+    options: Mapping[str, Any] = field(default_factory=dict)
+    local: LocalRecipe = LocalRecipe()
+    timeout: Annotated[float, Field(gt=0)] = 3600.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class ThreatTable:
+    """``[threat]``: the adversary.
+
+    Args:
+        model: a named threat model.
+        grant: capabilities added by name.
+        deny: capabilities taken away by name.
+        tamper_rounds: rounds in which a malicious operator delivers its trap.
+        exposed: share of each site's training records the adversary holds with their site, for attribute inference.
+        candidates: at most this many records are asked about, half of them members.
+    """
+
+    __pydantic_config__ = ConfigDict(extra="forbid")
+
+    model: str = "honest-but-curious"
+    grant: tuple[str, ...] = ()
+    deny: tuple[str, ...] = ()
+    tamper_rounds: tuple[Annotated[int, Field(ge=1)], ...] = (1,)
+    exposed: Annotated[float, Field(gt=0, lt=1)] = 0.1
+    candidates: Annotated[int, Field(ge=4)] = 2000
+
+
+@dataclass(frozen=True, kw_only=True)
+class AttackSpec:
+    """``[attacks.LABEL]``: one attack. Further keys are the attack's own options.
+
+    Args:
+        label: the table's name.
+        attack: registered name; the label where not given.
+        local: a local recipe of its own: the attack then gets a federation of its own in which sites train so.
+        rounds: number of rounds of that federation.
+        options: the attack's own fields.
+    """
+
+    label: str
+    attack: str
+    local: LocalRecipe | None = None
+    rounds: int | None = None
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DefenseSpec:
+    """``[defenses.LABEL]``: one defence. Further keys are the defence's own options."""
+
+    label: str
+    defense: str
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Setting:
+    """One federation to run: a stack of defences, at most one trap, a local recipe.
+
+    Args:
+        id: folder name.
+        defense: labels of the defences joined by ``+``, or ``"none"``.
+        trap: label of the active attack whose trap is delivered, or empty.
+        local: the local recipe.
+        rounds: number of rounds.
+        attacks: labels of the attacks that read its capture.
+    """
+
+    id: str
+    defense: str
+    trap: str
+    local: LocalRecipe
+    rounds: int
+    attacks: tuple[str, ...]
+
+    @property
+    def defenses(self) -> tuple[str, ...]:
+        """Labels of the stacked defences, the one that touches the update first in front."""
+        return () if self.defense == UNDEFENDED else tuple(self.defense.split("+"))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scenario:
+    """Everything an audit needs. Made by :func:`read` or :func:`parse`.
+
+    Args:
+        name: title of the report.
+        seed: of everything random.
+        engine: ``"inline"`` or ``"simulation"``.
+        plugins: Python files with further attacks, defences, …, absolute.
+        compare: stacks of defences to run, e.g. ``("none", "dp-sgd", "clip+top-k")``.
+        root: the folder relative paths start from.
+    """
+
+    name: str
+    seed: int
+    engine: EngineName
+    plugins: tuple[Path, ...]
+    sites: SitesTable
+    model: ModelTable
+    federation: FederationTable
+    threat_table: ThreatTable
+    attacks: tuple[AttackSpec, ...]
+    defenses: tuple[DefenseSpec, ...]
+    compare: tuple[str, ...]
+    root: Path
+
+    @property
+    def threat(self) -> Threat:
+        """The adversary."""
+        return threat(self.threat_table.model, grant=self.threat_table.grant, deny=self.threat_table.deny)
+
+    def attack(self, label: str) -> AttackSpec:
+        """The attack of that label.
+
+        Raises:
+            ScenarioError: if there is none.
+        """
+        return _labelled(self.attacks, label, "attack")
+
+    def defense(self, label: str) -> DefenseSpec:
+        """The defence of that label.
+
+        Raises:
+            ScenarioError: if there is none.
+        """
+        return _labelled(self.defenses, label, "defense")
+
+    def settings(self) -> tuple[Setting, ...]:
+        """The federations to run: for each stack of defences a shared one, and one per trap or local recipe of its own."""
+        base, found = self.federation, []
+        active = _active(self)
+        for defense in self.compare:
+            shared = [a.label for a in self.attacks if a.label not in active and a.local is None and a.rounds is None]
+            if shared or not self.attacks:
+                found.append(
+                    Setting(id=defense, defense=defense, trap="", local=base.local, rounds=base.rounds, attacks=tuple(shared))
+                )
+            for spec in self.attacks:
+                if spec.label not in shared:
+                    found.append(
+                        Setting(
+                            id=f"{defense}--{spec.label}",
+                            defense=defense,
+                            trap=spec.label if spec.label in active else "",
+                            local=spec.local or base.local,
+                            rounds=spec.rounds or base.rounds,
+                            attacks=(spec.label,),
+                        )
+                    )
+        return tuple(found)
+
+    def setting(self, id: str) -> Setting:
+        """The setting of that id.
+
+        Raises:
+            ScenarioError: if there is none.
+        """
+        known = {setting.id: setting for setting in self.settings()}
+        if id not in known:
+            raise ScenarioError(f"unknown setting {id!r}{near(id, known)}")
+        return known[id]
+
+    def to_json(self) -> str:
+        """The resolved scenario as one line of JSON; :func:`parse` reads it back."""
+        return json.dumps(self.tables())
+
+    def tables(self) -> dict[str, Any]:
+        """The resolved scenario as plain tables, in the shape of the TOML file."""
+        return {
+            "name": self.name,
+            "seed": self.seed,
+            "engine": self.engine,
+            "plugins": [str(path) for path in self.plugins],
+            "compare": list(self.compare),
+            "root": str(self.root),
+            "sites": {"source": self.sites.source, "split": asdict(self.sites.split), **self.sites.options},
+            "model": {"name": self.model.name, "mean": self.model.mean, "std": self.model.std, **self.model.options},
+            "federation": {
+                "rounds": self.federation.rounds,
+                "strategy": self.federation.strategy,
+                "timeout": self.federation.timeout,
+                "options": dict(self.federation.options),
+                "local": _given(self.federation.local),
+            },
+            "threat": {
+                key: list(value) if isinstance(value, tuple) else value for key, value in asdict(self.threat_table).items()
+            },
+            "attacks": {
+                a.label: {"attack": a.attack}
+                | ({"local": _given(a.local)} if a.local else {})
+                | ({"rounds": a.rounds} if a.rounds else {})
+                | dict(a.options)
+                for a in self.attacks
+            },
+            "defenses": {d.label: {"defense": d.defense, **d.options} for d in self.defenses},
+        }
+
+
+def read(path: Path, *, overrides: Sequence[str] = ()) -> Scenario:
+    """The scenario in a TOML file, with ``key.path=value`` overrides applied.
+
+    Raises:
+        ScenarioError: if the file is missing or not TOML, or as :func:`parse`.
+    """
+    try:
+        tables = tomllib.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ScenarioError(f"no such scenario: {path}") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError, OSError) as error:
+        raise ScenarioError(f"{path}: {error}") from error
+    for override in overrides:
+        _override(tables, override)
+    return parse({"name": path.stem, **tables}, root=path.resolve().parent)
+
+
+def parse(tables: Mapping[str, Any], *, root: Path) -> Scenario:
+    """A scenario from plain tables, every name and option checked.
+
+    Raises:
+        ScenarioError: naming the key that is unknown or the value that is wrong, with the nearest known name.
+    """
+    known = {"name", "seed", "engine", "plugins", "compare", "root", "sites", "model", "federation", "threat", "attacks", "defenses"}
+    for key in tables.keys() - known:
+        raise ScenarioError(f"unknown key {key!r}{near(key, known)}")
+    root = Path(tables.get("root", root))
+    if not isinstance(seed := tables.get("seed", 0), int) or seed < 0:
+        raise ScenarioError(f"seed = {seed!r}: must be a whole number, 0 or more")
+    if (engine := tables.get("engine", "inline")) not in ("inline", "simulation"):
+        raise ScenarioError(f"engine = {engine!r}: must be 'inline' or 'simulation'")
+    files = tuple((root / file).resolve() for file in tables.get("plugins", ()))
+    federation = dict(_table(tables, "federation"))
+    local = validate(LocalRecipe, _table(federation, "local", "federation.local"), where="federation.local")
+    federation["local"] = local
+    threat_table = validate(ThreatTable, _table(tables, "threat"), where="threat")
+    attacks = tuple(_attack(label, table, local) for label, table in _table(tables, "attacks").items())
+    defenses = tuple(_defense(label, table) for label, table in _table(tables, "defenses").items())
+    compare = tuple(tables.get("compare", (UNDEFENDED, *(d.label for d in defenses))))
+    scenario = Scenario(
+        name=str(tables.get("name", "scenario")),
+        seed=seed,
+        engine=engine,
+        plugins=files,
+        sites=_sites(_table(tables, "sites")),
+        model=_model(_table(tables, "model")),
+        federation=validate(FederationTable, federation, where="federation"),
+        threat_table=threat_table,
+        attacks=attacks,
+        defenses=defenses,
+        compare=compare,
+        root=root,
+    )
+    _check(scenario)
+    return scenario
+
+
+def _check(scenario: Scenario) -> None:
+    """Names that other tables refer to; options are checked when the plugins are made."""
+    if scenario.threat_table.model not in NAMED:
+        raise ScenarioError(f"threat.model = {scenario.threat_table.model!r}{near(scenario.threat_table.model, NAMED)}")
+    _ = scenario.threat
+    labels = {d.label for d in scenario.defenses}
+    for stack in scenario.compare:
+        for label in () if stack == UNDEFENDED else stack.split("+"):
+            if label not in labels:
+                raise ScenarioError(f"compare: no defense labelled {label!r}{near(label, labels)}")
+    for table, kind, names in (
+        ("attacks", "attacks", {a.label: a.attack for a in scenario.attacks}),
+        ("defenses", "defenses", {d.label: d.defense for d in scenario.defenses}),
+        ("sites", "sites", {"source": scenario.sites.source}),
+    ):
+        registered = plugins(kind, files=scenario.plugins)  # type: ignore[arg-type]
+        for label, name in names.items():
+            if name not in registered:
+                raise ScenarioError(f"{table}.{label}: unknown {kind.removesuffix('s')} {name!r}{near(name, registered)}")
+    if ":" not in scenario.model.name and scenario.model.name not in (models := plugins("models", files=scenario.plugins)):
+        raise ScenarioError(f"model.name: unknown model {scenario.model.name!r}{near(scenario.model.name, models)}")
+
+
+def _sites(table: Mapping[str, Any]) -> SitesTable:
+    rest = {key: value for key, value in table.items() if key not in ("source", "split")}
+    split = validate(SplitPlan, _table(table, "split", "sites.split"), where="sites.split")
+    return SitesTable(source=str(table.get("source", "phantom")), split=split, options=rest)
+
+
+def _model(table: Mapping[str, Any]) -> ModelTable:
+    own = {f.name for f in fields(ModelTable)} - {"options"}
+    rest = {key: value for key, value in table.items() if key not in own}
+    model = validate(ModelTable, {key: value for key, value in table.items() if key in own}, where="model")
+    if model.std <= 0:
+        raise ScenarioError(f"model: std = {model.std}: must be larger than 0")
+    return replace(model, options=rest)
+
+
+def _attack(label: str, table: Any, base: LocalRecipe) -> AttackSpec:
+    table = _labelled_table("attacks", label, table)
+    own = table.get("local")
+    recipe = validate(LocalRecipe, asdict(base) | dict(own), where=f"attacks.{label}.local") if own is not None else None
+    rounds = table.get("rounds")
+    if rounds is not None and (not isinstance(rounds, int) or rounds < 1):
+        raise ScenarioError(f"attacks.{label}: rounds = {rounds!r}: must be a whole number, 1 or more")
+    rest = {key: value for key, value in table.items() if key not in ("attack", "local", "rounds")}
+    return AttackSpec(label=label, attack=str(table.get("attack", label)), local=recipe, rounds=rounds, options=rest)
+
+
+def _defense(label: str, table: Any) -> DefenseSpec:
+    table = _labelled_table("defenses", label, table)
+    rest = {key: value for key, value in table.items() if key != "defense"}
+    return DefenseSpec(label=label, defense=str(table.get("defense", label)), options=rest)
+
+
+def _labelled_table(where: str, label: str, table: Any) -> dict[str, Any]:
+    if not isinstance(table, Mapping):
+        raise ScenarioError(f"{where}.{label} must be a table, e.g. [{where}.{label}]")
+    if not LABEL.fullmatch(label) or label == UNDEFENDED:
+        raise ScenarioError(f"{where}.{label}: a label is letters, digits, '.', '_' and '-', and not {UNDEFENDED!r}")
+    return dict(table)
+
+
+def _table(tables: Mapping[str, Any], key: str, where: str = "") -> Mapping[str, Any]:
+    table = tables.get(key, {})
+    if not isinstance(table, Mapping):
+        raise ScenarioError(f"{where or key} must be a table, not {table!r}")
+    return table
+
+
+def _override(tables: dict[str, Any], override: str) -> None:
+    key, separator, text = override.partition("=")
+    if not separator or not key:
+        raise ScenarioError(f"--set {override!r}: write it as key=value, e.g. federation.rounds=5")
+    try:
+        value = tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        value = text
+    *path, last = key.split(".")
+    table = tables
+    for part in path:
+        table = table.setdefault(part, {})
+        if not isinstance(table, dict):
+            raise ScenarioError(f"--set {override!r}: {part!r} is not a table")
+    table[last] = value
+
+
+def _active(scenario: Scenario) -> set[str]:
+    """Labels of the attacks that bring a trap: those whose class overrides ``trap``."""
+    from flpriv.attack import Attack
+    from flpriv.registry import find
+
+    return {
+        spec.label for spec in scenario.attacks if find("attacks", spec.attack, files=scenario.plugins).trap is not Attack.trap
+    }
+
+
+def _labelled(specs: Sequence[Any], label: str, kind: str) -> Any:
+    known = {spec.label: spec for spec in specs}
+    if label not in known:
+        raise ScenarioError(f"unknown {kind} {label!r}{near(label, known)}")
+    return known[label]
+
+
+def _given(recipe: LocalRecipe) -> dict[str, Any]:
+    return {key: value for key, value in asdict(recipe).items() if value is not None}
