@@ -1,0 +1,31 @@
+"""Engines: the same two Flower apps in this process, or on Flower's simulation runtime."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from flpriv.scenario import Scenario, Setting
+
+
+def run(scenario: Scenario, setting: Setting, *, folder: Path, resume: bool = False) -> None:
+    """Run one setting on the scenario's engine; everything it leaves lies in ``folder``.
+
+    Args:
+        scenario: the whole scenario.
+        setting: one of its settings.
+        folder: the setting's folder, created with mode 0700.
+        resume: go on after the last finished round found in ``folder``.
+
+    Raises:
+        RunError: if the federation cannot be run to its end.
+    """
+    if scenario.engine == "simulation":
+        from flpriv.engine import simulation
+
+        simulation.run(scenario, setting, folder=folder, resume=resume)
+    else:
+        from flpriv.engine import inline
+
+        inline.run(scenario, setting, folder=folder, resume=resume)
