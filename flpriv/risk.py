@@ -46,9 +46,14 @@ def sentence(findings: Sequence[Finding], adversary: str) -> tuple[Level, str]:
         because = f"attacks failed: {', '.join(failed)}" if failed else "no attack gave a number"
         return Level.UNKNOWN, f"No verdict: {because}."
     if top.level is Level.NONE:
-        return Level.NONE, f"A {adversary} adversary learned nothing that these attacks could measure from the undefended federation."
+        return (
+            Level.NONE,
+            f"A {adversary} adversary learned nothing that these attacks could measure from the undefended federation.",
+        )
     text = f"A {adversary} adversary reaches a {top.level.name.lower()} risk on the undefended federation: {_says(top)}."
-    stopped = sorted({f.defense for f in findings if not f.site and f.defense != "none" and f.attack == top.attack and f.level <= Level.LOW})
+    stopped = sorted(
+        {f.defense for f in findings if not f.site and f.defense != "none" and f.attack == top.attack and f.level <= Level.LOW}
+    )
     if Level.UNKNOWN in {f.level for f in plain}:
         text += " Some attacks gave no result."
     if stopped:
@@ -56,15 +61,21 @@ def sentence(findings: Sequence[Finding], adversary: str) -> tuple[Level, str]:
     return top.level, text
 
 
-def caveats(findings: Sequence[Finding], settings: Sequence[SettingResult], *, same_as_undefended: Sequence[str] = ()) -> list[str]:
+def caveats(
+    findings: Sequence[Finding], settings: Sequence[SettingResult], *, same_as_undefended: Sequence[str] = ()
+) -> list[str]:
     """Reasons to doubt the results as a whole: inactive defences, failed attacks, passive attacks that beat active ones."""
-    found = [f"The defence '{label}' changed nothing: the final model is bit for bit the undefended one." for label in same_as_undefended]
+    found = [
+        f"The defence '{label}' changed nothing: the final model is bit for bit the undefended one."
+        for label in same_as_undefended
+    ]
     for finding in findings:
         if finding.status == "failed" and not finding.site:
             found.append(f"The attack '{finding.attack}' failed on '{finding.setting}': {finding.message}")
     for setting in settings:
         if setting.events:
-            found.append(f"In the federation '{setting.id}' {len(setting.events)} reply or replies were lost, refused or unusable; see its events.")
+            lost = f"{len(setting.events)} replies were lost, refused or unusable"
+            found.append(f"In the federation '{setting.id}' {lost}; see its events.")
     traps = {s.id: s.trap for s in settings}
     plain = [f for f in findings if f.defense == "none" and not f.site and f.goal is Goal.RECONSTRUCTION and f.headline]
     active = [f.headline.value for f in plain if f.headline and f.headline.value is not None and traps.get(f.setting)]

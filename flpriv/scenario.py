@@ -20,6 +20,9 @@ from flpriv.threat import NAMED, Threat, threat
 
 LABEL = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
 UNDEFENDED = "none"
+KEYS = frozenset(
+    ("name", "seed", "engine", "plugins", "compare", "root", "sites", "model", "federation", "threat", "attacks", "defenses")
+)
 EngineName = Literal["inline", "simulation"]
 
 
@@ -61,7 +64,7 @@ class FederationTable:
 
     Args:
         rounds: number of rounds, ≥ 1.
-        strategy: a strategy of Flower by class name (``"FedAvg"``, ``"FedProx"``, ``"Krum"``), a registered one, or an import path.
+        strategy: a strategy of Flower by class name (``"FedAvg"``, ``"Krum"``), a registered one, or an import path.
         options: keyword arguments of the strategy, ``[federation.options]``.
         local: the local recipe, ``[federation.local]``.
         timeout: seconds to wait for a round's replies.
@@ -108,6 +111,7 @@ class AttackSpec:
         attack: registered name; the label where not given.
         local: a local recipe of its own: the attack then gets a federation of its own in which sites train so.
         rounds: number of rounds of that federation.
+        against: the stacks of defences it is run against; all of ``compare`` where not given.
         options: the attack's own fields.
     """
 
@@ -115,6 +119,7 @@ class AttackSpec:
     attack: str
     local: LocalRecipe | None = None
     rounds: int | None = None
+    against: tuple[str, ...] | None = None
     options: Mapping[str, Any] = field(default_factory=dict)
 
 
@@ -205,12 +210,13 @@ class Scenario:
         base, found = self.federation, []
         active = _active(self)
         for defense in self.compare:
-            shared = [a.label for a in self.attacks if a.label not in active and a.local is None and a.rounds is None]
+            chosen = [a for a in self.attacks if a.against is None or defense in a.against]
+            shared = [a.label for a in chosen if a.label not in active and a.local is None and a.rounds is None]
             if shared or not self.attacks:
                 found.append(
                     Setting(id=defense, defense=defense, trap="", local=base.local, rounds=base.rounds, attacks=tuple(shared))
                 )
-            for spec in self.attacks:
+            for spec in chosen:
                 if spec.label not in shared:
                     found.append(
                         Setting(
@@ -264,6 +270,7 @@ class Scenario:
                 a.label: {"attack": a.attack}
                 | ({"local": _given(a.local)} if a.local else {})
                 | ({"rounds": a.rounds} if a.rounds else {})
+                | ({"against": list(a.against)} if a.against is not None else {})
                 | dict(a.options)
                 for a in self.attacks
             },
@@ -294,9 +301,8 @@ def parse(tables: Mapping[str, Any], *, root: Path) -> Scenario:
     Raises:
         ScenarioError: naming the key that is unknown or the value that is wrong, with the nearest known name.
     """
-    known = {"name", "seed", "engine", "plugins", "compare", "root", "sites", "model", "federation", "threat", "attacks", "defenses"}
-    for key in tables.keys() - known:
-        raise ScenarioError(f"unknown key {key!r}{near(key, known)}")
+    for key in sorted(tables.keys() - KEYS):
+        raise ScenarioError(f"unknown key {key!r}{near(key, KEYS)}")
     root = Path(tables.get("root", root))
     if not isinstance(seed := tables.get("seed", 0), int) or seed < 0:
         raise ScenarioError(f"seed = {seed!r}: must be a whole number, 0 or more")
@@ -338,6 +344,12 @@ def _check(scenario: Scenario) -> None:
         for label in () if stack == UNDEFENDED else stack.split("+"):
             if label not in labels:
                 raise ScenarioError(f"compare: no defense labelled {label!r}{near(label, labels)}")
+    for spec in scenario.attacks:
+        for stack in spec.against or ():
+            if stack not in scenario.compare:
+                raise ScenarioError(
+                    f"attacks.{spec.label}: against {stack!r}, which is not in compare{near(stack, scenario.compare)}"
+                )
     for table, kind, names in (
         ("attacks", "attacks", {a.label: a.attack for a in scenario.attacks}),
         ("defenses", "defenses", {d.label: d.defense for d in scenario.defenses}),
@@ -373,8 +385,10 @@ def _attack(label: str, table: Any, base: LocalRecipe) -> AttackSpec:
     rounds = table.get("rounds")
     if rounds is not None and (not isinstance(rounds, int) or rounds < 1):
         raise ScenarioError(f"attacks.{label}: rounds = {rounds!r}: must be a whole number, 1 or more")
-    rest = {key: value for key, value in table.items() if key not in ("attack", "local", "rounds")}
-    return AttackSpec(label=label, attack=str(table.get("attack", label)), local=recipe, rounds=rounds, options=rest)
+    against = tuple(map(str, table["against"])) if "against" in table else None
+    rest = {key: value for key, value in table.items() if key not in ("attack", "local", "rounds", "against")}
+    name = str(table.get("attack", label))
+    return AttackSpec(label=label, attack=name, local=recipe, rounds=rounds, against=against, options=rest)
 
 
 def _defense(label: str, table: Any) -> DefenseSpec:

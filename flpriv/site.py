@@ -120,11 +120,9 @@ def split_patients(sites: Sequence[Site], plan: SplitPlan) -> tuple[Site, ...]:
                     f"site {site.name!r}: patient {entry.patient!r} is in two splits: {first[1]!r} in {first[0]!r}, "
                     f"{entry.id!r} in {split!r}; give all images of a patient the same split"
                 )
-            entries.append(
-                Entry(id=entry.id, patient=entry.patient, label=entry.label, split=split, attributes=entry.attributes)
-            )
+            entries.append(Entry(id=entry.id, patient=entry.patient, label=entry.label, split=split, attributes=entry.attributes))
         if not any(entry.split == "train" for entry in entries):
-            raise DataError(f"site {site.name!r} has no training image after the split; lower sites.split.test or sites.split.public")
+            raise DataError(f"site {site.name!r}: no training image is left; lower sites.split.test or sites.split.public")
         done.append(Site(name=site.name, entries=tuple(entries), read=site.read))
     return tuple(done)
 
@@ -167,6 +165,5 @@ def _draw(patients: Sequence[str], plan: SplitPlan) -> dict[str, Split]:
     order = sorted(patients, key=rank)
     test, public = round(plan.test * len(order)), round(plan.public * len(order))
     return {
-        patient: "test" if place < test else "public" if place < test + public else "train"
-        for place, patient in enumerate(order)
+        patient: "test" if place < test else "public" if place < test + public else "train" for place, patient in enumerate(order)
     }

@@ -1,0 +1,5 @@
+"""``python -m flpriv``."""
+
+from flpriv.cli import main
+
+main()

@@ -1,0 +1,399 @@
+"""The whole way: run the federations, attack the captures, measure the claims, judge, report. Every step resumes."""
+
+from __future__ import annotations
+
+import json
+import platform
+import time
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from flpriv import data, engine, risk, verdicts
+from flpriv import scenario as scenarios
+from flpriv.attack import Attack
+from flpriv.claims import Outcome, load_outcome, save_outcome
+from flpriv.errors import FlprivError, RunError, ScenarioError, ThreatError
+from flpriv.files import private_folder, write_private
+from flpriv.finding import Event, Finding, Level, SettingResult, SiteSummary, Verdict
+from flpriv.knowledge import Knowledge, gather, labels, truth
+from flpriv.measures import measure
+from flpriv.progress import tell
+from flpriv.recipe import LocalRecipe
+from flpriv.registry import create, plugins
+from flpriv.scenario import UNDEFENDED, AttackSpec, Scenario, Setting
+from flpriv.seeds import derive
+from flpriv.store import open_capture, write_knowledge, write_labels
+from flpriv.threat import DESCRIPTIONS, Can
+from flpriv.witness import Witness, read_witnesses
+
+if TYPE_CHECKING:
+    from flpriv.finding import Metric
+    from flpriv.truth import Truth
+
+MADE_WITH = ("flpriv", "flwr", "torch", "monai", "opacus", "numpy", "ray")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunFolder:
+    """A run on disk: ``run.json``, ``settings/ID/…`` with captures and witnesses, the verdict and the report."""
+
+    path: Path
+
+    def setting(self, setting: Setting) -> Path:
+        """Where one federation lies."""
+        return self.path / "settings" / setting.id
+
+    def outcome(self, setting: Setting, label: str) -> Path:
+        """Where the claims of one attack on one setting lie."""
+        return self.setting(setting) / "claims" / label
+
+    @staticmethod
+    def create(path: Path, scenario: Scenario, *, command: str, resume: bool) -> RunFolder:
+        """A new run folder, or the one to go on with.
+
+        Raises:
+            RunError: if the folder holds another run, or a run and ``resume`` was not asked for.
+        """
+        mine = {"scenario": scenario.tables(), "command": command}
+        if (path / "run.json").is_file():
+            if not resume:
+                raise RunError(f"{path} holds a run already; go on with --resume, or give --out another folder")
+            if RunFolder.open(path).tables() != mine["scenario"]:
+                raise RunError(f"{path} holds a run of another scenario; resume it with its own, or give --out another folder")
+            return RunFolder(path=path)
+        if path.is_dir() and any(path.iterdir()):
+            raise RunError(f"{path} is not empty and not a run; give --out another folder")
+        private_folder(path)
+        write_private(path / "run.json", json.dumps(mine, indent=1).encode())
+        return RunFolder(path=path)
+
+    @staticmethod
+    def open(path: Path) -> RunFolder:
+        """An existing run folder.
+
+        Raises:
+            RunError: if ``path`` is none.
+        """
+        if not (path / "run.json").is_file():
+            raise RunError(f"{path} is not a run folder: it has no run.json; give the folder that 'flpriv run' wrote")
+        return RunFolder(path=path)
+
+    def tables(self) -> dict[str, Any]:
+        """The scenario's tables as they were run."""
+        tables: dict[str, Any] = self._read()["scenario"]
+        return tables
+
+    def command(self) -> str:
+        """The command that made the run."""
+        return str(self._read()["command"])
+
+    def scenario(self) -> Scenario:
+        """The scenario as it was run."""
+        return scenarios.parse(self.tables(), root=self.path)
+
+    def _read(self) -> dict[str, Any]:
+        try:
+            found: dict[str, Any] = json.loads((self.path / "run.json").read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise RunError(f"{self.path / 'run.json'}: {error}") from error
+        return found
+
+
+def run(scenario: Scenario, *, out: Path, resume: bool = False, command: str = "") -> Verdict:
+    """Audit a federation from images to verdict; everything is kept under ``out``.
+
+    Finished federations and attacks of an interrupted run are not repeated with ``resume``.
+
+    Raises:
+        FlprivError: for anything the user can mend; a failing attack is a failed finding instead.
+    """
+    check(scenario)
+    folder = RunFolder.create(out, scenario, command=command, resume=resume)
+    knowledge = gather(scenario)
+    for setting in scenario.settings():
+        _federate(scenario, setting, folder, knowledge, resume=resume)
+    return attack(folder, scenario=scenario, knowledge=knowledge)
+
+
+def attack(
+    folder: RunFolder, names: Sequence[str] = (), *, scenario: Scenario | None = None, knowledge: Knowledge | None = None
+) -> Verdict:
+    """Attack stored captures: those attacks not done yet, and again those in ``names``; then measure and judge all.
+
+    Raises:
+        ScenarioError: if the scenario has no attack of a given name.
+        RunError: if a federation has not finished.
+    """
+    scenario = scenario or folder.scenario()
+    knowledge = knowledge or gather(scenario)
+    for name in names:
+        scenario.attack(name)
+    findings: list[Finding] = []
+    results = []
+    settings = scenario.settings()
+    for setting in settings:
+        where = folder.setting(setting)
+        if not (where / "result.json").is_file():
+            raise RunError(
+                f"the federation {setting.id!r} has not finished; go on with: flpriv run … --out {folder.path} --resume"
+            )
+        witnesses = read_witnesses(where)
+        facts = truth(scenario, knowledge, witnesses)
+        result = _result(scenario, setting, where, witnesses)
+        results.append(result)
+        for label in setting.attacks:
+            spec = scenario.attack(label)
+            outcome = None if label in names else load_outcome(folder.outcome(setting, label))
+            if outcome is None:
+                outcome = _attack(scenario, setting, spec, where, result.events)
+                save_outcome(folder.outcome(setting, label), outcome)
+            findings += _measure(scenario, setting, spec, outcome, facts)
+    verdict = _verdict(scenario, folder, findings, results)
+    verdicts.save(verdict, folder.path)
+    return verdict
+
+
+def check(scenario: Scenario) -> None:
+    """Make everything the scenario names once, so that a wrong option is told before anything runs; no image is read.
+
+    Raises:
+        FlprivError: naming what is wrong.
+    """
+    for attack_spec in scenario.attacks:
+        create("attacks", attack_spec.attack, attack_spec.options, files=scenario.plugins)
+    for defense_spec in scenario.defenses:
+        create("defenses", defense_spec.defense, defense_spec.options, files=scenario.plugins)
+    from flpriv.strategies.building import build_strategy
+
+    build_strategy(scenario.federation.strategy, scenario.federation.options)
+    data.sites(scenario)
+    threat = scenario.threat
+    for setting in scenario.settings():
+        data.task(scenario, setting.defenses).build()
+        if setting.trap and Can.TAMPER not in threat.granted:
+            raise ScenarioError(
+                f"attacks.{setting.trap}: an active attack needs 'tamper', which threat.model = {threat.name!r} does not grant; "
+                "use threat.model = 'malicious-server' or threat.grant = ['tamper']"
+            )
+
+
+def _federate(scenario: Scenario, setting: Setting, folder: RunFolder, knowledge: Knowledge, *, resume: bool) -> None:
+    where = folder.setting(setting)
+    if not (where / "result.json").is_file():
+        engine.run(scenario, setting, folder=private_folder(where), resume=resume)
+    granted = scenario.threat.granted
+    capture = where / "capture"
+    if Can.KNOW_PUBLIC in granted and knowledge.public is not None:
+        write_knowledge(capture, "public", knowledge.public.anonymous())
+    if Can.KNOW_CANDIDATES in granted:
+        write_knowledge(capture, "candidates", knowledge.candidates.anonymous())
+    if Can.KNOW_EXPOSED in granted:
+        write_knowledge(capture, "exposed", knowledge.exposed.anonymous(keep=("site", "sex", "age")))
+    if Can.KNOW_LABELS in granted:
+        write_labels(capture, labels(scenario, read_witnesses(where)), ordered=Can.KNOW_ORDER in granted)
+
+
+def _attack(scenario: Scenario, setting: Setting, spec: AttackSpec, where: Path, events: Sequence[Event]) -> Outcome:
+    """Run one attack; whatever it raises becomes a failed outcome."""
+    what = f"{spec.label} on {setting.id}"
+    tell(what, 0, 1)
+    start = time.perf_counter()
+    try:
+        made: Attack = create("attacks", spec.attack, spec.options, files=scenario.plugins)
+        capture = open_capture(where / "capture")
+        refusals = [event.what for event in events if "refus" in event.what]
+        delivered = [o for o in capture.observations if o.trap == setting.trap]
+        if setting.trap and not delivered and refusals:
+            return Outcome(status="refused", message=refusals[0], seconds=time.perf_counter() - start)
+        if setting.trap:
+            capture = replace(capture, observations=tuple(delivered))
+        claims = made(capture, seed=derive(scenario.seed, "attack", spec.label))
+    except ThreatError as error:
+        return Outcome(status="not granted", message=str(error))
+    except Exception as error:
+        message = str(error) if isinstance(error, FlprivError) else f"{type(error).__name__}: {error}"
+        return Outcome(status="failed", message=message, seconds=time.perf_counter() - start)
+    finally:
+        tell(what, 1, 1)
+    return Outcome(claims=claims, seconds=time.perf_counter() - start)
+
+
+def _measure(scenario: Scenario, setting: Setting, spec: AttackSpec, outcome: Outcome, facts: Truth) -> list[Finding]:
+    made: Attack = create("attacks", spec.attack, spec.options, files=scenario.plugins)
+    bare = Finding(
+        attack=spec.label,
+        name=spec.attack,
+        goal=made.goal,
+        setting=setting.id,
+        defense=setting.defense,
+        status=outcome.status,
+        message=outcome.message,
+        seconds=outcome.seconds,
+    )
+    if outcome.status != "ok":
+        return [risk.judge(bare)]
+    if not outcome.claims:
+        return [risk.judge(replace(bare, status="failed", message="the attack made no claim"))]
+    try:
+        found = measure(
+            outcome.claims,
+            facts,
+            attack=spec.label,
+            name=spec.attack,
+            goal=made.goal,
+            setting=setting.id,
+            defense=setting.defense,
+        )
+    except FlprivError as error:
+        return [risk.judge(replace(bare, status="failed", message=str(error)))]
+    return [risk.judge(replace(finding, seconds=outcome.seconds)) for finding in found]
+
+
+def _result(scenario: Scenario, setting: Setting, where: Path, witnesses: Sequence[Witness]) -> SettingResult:
+    ran = json.loads((where / "result.json").read_text(encoding="utf-8"))
+    names = {witness.node: witness.site for witness in witnesses}
+    events = tuple(Event(round=int(e["round"]), who=_named(e["who"], names), what=str(e["what"])) for e in ran.get("events", ()))
+    epsilon: dict[str, float] = {}
+    for witness in witnesses:
+        for notes in witness.notes.values():
+            if "epsilon" in notes:
+                epsilon[witness.site] = max(epsilon.get(witness.site, 0.0), float(notes["epsilon"]))
+    return SettingResult(
+        id=setting.id,
+        defense=setting.defense,
+        trap=setting.trap,
+        recipe=in_words(setting.local),
+        rounds=setting.rounds,
+        utility=_utility(scenario, setting, where, "test"),
+        train_utility=_utility(scenario, setting, where, "train"),
+        epsilon=epsilon,
+        seconds=float(ran.get("seconds", 0.0)),
+        events=events,
+    )
+
+
+def _utility(scenario: Scenario, setting: Setting, where: Path, split: Any) -> tuple[Metric, ...]:
+    """Metrics of the final model on one split of all sites; the auditor may look, the adversary may not."""
+    import torch
+    from safetensors.torch import load_file
+
+    from flpriv.measures.utility import utility
+
+    model = data.task(scenario, setting.defenses).build().eval()
+    model.load_state_dict(load_file(where / "final.safetensors"), strict=True)
+    parts = [data.records(scenario, index, split) for index in range(len(data.sites(scenario)))]
+    parts = [part for part in parts if len(part)]
+    if not parts:
+        return ()
+    with torch.inference_mode():
+        logits = torch.cat([model(batch) for part in parts for batch in part.images.split(64)])
+    patients = [patient for part in parts for patient in part.patients]
+    return utility(logits, torch.cat([part.labels for part in parts]), patients, seed=derive(scenario.seed, "utility"))
+
+
+def _verdict(scenario: Scenario, folder: RunFolder, findings: Sequence[Finding], results: Sequence[SettingResult]) -> Verdict:
+    threat = scenario.threat
+    level, sentence = risk.sentence(findings, threat.name)
+    task = data.task(scenario)
+    shape = " x ".join(map(str, task.shape))
+    return Verdict(
+        title=scenario.name,
+        sentence=sentence,
+        level=level,
+        threat=threat.name,
+        adversary=tuple(threat.lines()),
+        task=f"{task.modality}, {shape} pixels, classes {', '.join(task.classes)}, model {task.model}",
+        sites=summaries(scenario),
+        settings=tuple(results),
+        findings=tuple(sorted(findings, key=lambda f: bool(f.site))),
+        caveats=tuple(risk.caveats(findings, results, same_as_undefended=_inactive(scenario, folder))),
+        methods=_methods(scenario),
+        provenance={
+            "command": folder.command(),
+            "seed": str(scenario.seed),
+            "engine": scenario.engine,
+            "date": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
+            "python": platform.python_version(),
+            **{name: _version(name) for name in MADE_WITH},
+        },
+        scenario=json.dumps(scenario.tables(), indent=2),
+    )
+
+
+def summaries(scenario: Scenario) -> tuple[SiteSummary, ...]:
+    """Each site in numbers; no image is read."""
+    classes = data.source(scenario).classes
+    found = []
+    for site in data.sites(scenario):
+        found.append(
+            SiteSummary(
+                name=site.name,
+                patients=len({entry.patient for entry in site.entries}),
+                train=len(site.select("train")),
+                test=len(site.select("test")),
+                public=len(site.select("public")),
+                classes={name: sum(entry.label == label for entry in site.entries) for label, name in enumerate(classes)},
+            )
+        )
+    return tuple(found)
+
+
+def in_words(recipe: LocalRecipe) -> str:
+    """``"1 step of batch 4, SGD, learning rate 0.05"``."""
+    if recipe.steps is not None:
+        length = f"{recipe.steps} step{'s' if recipe.steps > 1 else ''} of batch {recipe.batch_size}"
+    else:
+        length = f"{recipe.epochs} epoch{'s' if recipe.epochs > 1 else ''} of batch {recipe.batch_size}"
+    extra = f", momentum {recipe.momentum:g}" if recipe.momentum else ""
+    mode = "" if recipe.train_mode else ", eval mode"
+    return (
+        f"{length}, {recipe.optimizer.upper() if recipe.optimizer == 'sgd' else 'Adam'}, learning rate {recipe.lr:g}{extra}{mode}"
+    )
+
+
+def failed(verdict: Verdict) -> bool:
+    """Whether any attack failed."""
+    return any(finding.status == "failed" for finding in verdict.findings)
+
+
+def reaches(verdict: Verdict, level: Level) -> bool:
+    """Whether the undefended federation is at ``level`` or worse."""
+    return verdict.level >= level
+
+
+def not_granted(verdict: Verdict) -> tuple[str, ...]:
+    """What the adversary could not see or do, in plain words."""
+    return tuple(text for text in DESCRIPTIONS.values() if text not in verdict.adversary)
+
+
+def _inactive(scenario: Scenario, folder: RunFolder) -> list[str]:
+    """Defences under which the shared federation ended with the very weights of the undefended one."""
+    finals = {s.defense: folder.setting(s) / "final.safetensors" for s in scenario.settings() if s.id == s.defense}
+    bare = finals.pop(UNDEFENDED, None)
+    if bare is None:
+        return []
+    return [label for label, file in finals.items() if file.read_bytes() == bare.read_bytes()]
+
+
+def _methods(scenario: Scenario) -> dict[str, tuple[str, str]]:
+    known: Iterable[tuple[str, Any]] = [
+        *((a.label, plugins("attacks", files=scenario.plugins)[a.attack]) for a in scenario.attacks),
+        *((d.label, plugins("defenses", files=scenario.plugins)[d.defense]) for d in scenario.defenses),
+    ]
+    return {label: (plugin.summary, plugin.paper) for label, plugin in known}
+
+
+def _named(who: object, names: dict[int, str]) -> str:
+    text = str(who)
+    return f"{names[int(text)]}" if text.isdigit() and int(text) in names else text
+
+
+def _version(name: str) -> str:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return "not installed"
