@@ -14,6 +14,7 @@ from torch import Tensor
 from flpriv.claim import Claim
 from flpriv.errors import CaptureError
 from flpriv.files import private_folder, write_private
+from flpriv.finding import Status
 
 KINDS = {kind.__name__: kind for kind in get_args(Claim)}
 
@@ -30,7 +31,7 @@ class Outcome:
     """
 
     claims: Sequence[Claim] = ()
-    status: str = "ok"
+    status: Status = "ok"
     message: str = ""
     seconds: float = 0.0
 

@@ -13,6 +13,9 @@ from numpy.typing import NDArray
 from flpriv.claim import Goal
 
 
+Status = Literal["ok", "failed", "refused", "not granted"]
+
+
 class Level(IntEnum):
     """How bad a finding is; ordered."""
 
@@ -127,7 +130,7 @@ class Finding:
     setting: str
     defense: str = "none"
     site: str = ""
-    status: Literal["ok", "failed", "refused", "not granted"] = "ok"
+    status: Status = "ok"
     headline: Metric | None = None
     metrics: tuple[Metric, ...] = ()
     level: Level = Level.UNKNOWN

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from importlib.metadata import entry_points
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, TypeVar, cast
 
 from flpriv.errors import ScenarioError, near
 
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
     from flpriv.task import Task
 
+T = TypeVar("T")
 Kind = Literal["attacks", "defenses", "strategies", "sites", "models"]
 
 _FOLDERS: Mapping[Kind, tuple[str, str]] = {
@@ -58,7 +59,7 @@ class Plugin:
         Raises:
             ScenarioError: if the import fails, with the reason.
         """
-        return _import(self.target)
+        return cast(type[Any], _import(self.target))
 
 
 def plugins(kind: Kind, *, files: Iterable[Path] = ()) -> dict[str, Plugin]:
@@ -95,13 +96,13 @@ def create(kind: Kind, name: str, options: Mapping[str, Any], *, files: Iterable
     return validate(find(kind, name, files=files), options, where=f"{_SINGULAR[kind]} {name!r}")
 
 
-def validate(cls: type[Any], options: Mapping[str, Any], *, where: str) -> Any:
+def validate(cls: type[T], options: Mapping[str, Any], *, where: str) -> T:
     """An instance of dataclass ``cls`` from plain ``options``, checked by pydantic.
 
     Raises:
         ScenarioError: naming ``where`` and the option, with the nearest known name for a misspelt one.
     """
-    from dataclasses import fields
+    from dataclasses import fields, is_dataclass
 
     from pydantic import TypeAdapter, ValidationError
 
@@ -111,7 +112,7 @@ def validate(cls: type[Any], options: Mapping[str, Any], *, where: str) -> Any:
         first = error.errors()[0]
         name = ".".join(str(part) for part in first["loc"]) or "options"
         if first["type"] == "unexpected_keyword_argument":
-            known = [field.name for field in fields(cls)]
+            known = [field.name for field in fields(cls)] if is_dataclass(cls) else []
             raise ScenarioError(f"{where}: unknown option {name!r}{near(name, known)}") from None
         raise ScenarioError(f"{where}: {name} = {first.get('input')!r}: {first['msg']}") from None
 
@@ -202,7 +203,7 @@ def _base_name(node: ast.expr) -> str:
 
 def _texts(node: ast.ClassDef) -> dict[str, str]:
     """The class attributes assigned a plain string."""
-    found = {}
+    found: dict[str, str] = {}
     for line in node.body:
         targets = line.targets if isinstance(line, ast.Assign) else [line.target] if isinstance(line, ast.AnnAssign) else []
         value = line.value if isinstance(line, ast.Assign | ast.AnnAssign) else None

@@ -8,7 +8,7 @@ import tomllib
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import ConfigDict, Field
 
@@ -130,6 +130,9 @@ class DefenseSpec:
     label: str
     defense: str
     options: Mapping[str, Any] = field(default_factory=dict)
+
+
+Spec = TypeVar("Spec", AttackSpec, DefenseSpec)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -439,7 +442,7 @@ def _active(scenario: Scenario) -> set[str]:
     }
 
 
-def _labelled(specs: Sequence[Any], label: str, kind: str) -> Any:
+def _labelled(specs: Sequence[Spec], label: str, kind: str) -> Spec:
     known = {spec.label: spec for spec in specs}
     if label not in known:
         raise ScenarioError(f"unknown {kind} {label!r}{near(label, known)}")
