@@ -1,0 +1,1 @@
+"""The sites' side: the ClientApp, local training, the witness, models and sources of images."""

@@ -1,0 +1,1 @@
+"""Models the sites may train, one file each."""
