@@ -10,7 +10,9 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import ConfigDict
 
-from flpriv.state import State, add, difference
+from flpriv.errors import UpdateError
+from flpriv.seeds import derive
+from flpriv.state import State, add, check_like, difference
 
 if TYPE_CHECKING:
     import torch
@@ -116,42 +118,62 @@ def guard(
     """Run ``inspect`` before and ``protect`` after ``call_next``; the first defence touches the update first.
 
     ``local`` gives each defence, by position, its surroundings. The first refusal ends the round for this site with an
-    error reply that carries the reason.
+    error reply that carries the reason. A model that cannot be told from its message never leaves unprotected: more than one
+    ArrayRecord, or other layers than were sent, end in an error reply too.
     """
-    from flwr.app import ArrayRecord, Error, Message
-    from flwr.common.constant import ErrorCode
+    from flwr.app import ArrayRecord
 
-    if message.metadata.message_type.split(".")[0] != "train" or not message.has_content():
+    if not defenses or message.metadata.message_type.split(".")[0] != "train" or not message.has_content():
         return call_next(message, context)
-    received = {key: record for key, record in message.content.array_records.items()}
-    if len(received) != 1:
-        return call_next(message, context)
-    sent = next(iter(received.values())).to_torch_state_dict()
-    for place, defense in enumerate(defenses):
-        if refusal := defense.inspect(sent, local=local(place)):
-            return Message(Error(ErrorCode.MOD_FAILED_PRECONDITION, f"{defense.name}: {refusal.reason}"), reply_to=message)
+    received = {key: record.to_torch_state_dict() for key, record in message.content.array_records.items()}
+    for place, defense in enumerate(defenses if len(received) == 1 else ()):
+        if refusal := defense.inspect(next(iter(received.values())), local=local(place)):
+            return _refused(message, f"{defense.name}: {refusal.reason}")
     reply = call_next(message, context)
-    if reply.has_error() or len(reply.content.array_records) != 1:
+    if reply.has_error() or not reply.content.array_records:
         return reply
-    name, record = next(iter(reply.content.array_records.items()))
+    if len(received) != 1 or len(reply.content.array_records) != 1:
+        return _refused(message, f"{defenses[0].name}: needs one ArrayRecord in the message and one in the reply")
+    (sent,) = received.values()
+    ((name, record),) = reply.content.array_records.items()
     returned = record.to_torch_state_dict()
-    before = difference({key: returned[key] for key in sent}, sent)
+    try:
+        check_like(returned, sent, who=f"{defenses[0].name}: reply")
+    except UpdateError as error:
+        return _refused(message, str(error))
+    before = difference(returned, sent)
     update: State = before
     for place, defense in enumerate(defenses):
         update = defense.protect(update, local=local(place))
     if update is not before:
-        reply.content[name] = ArrayRecord(add({**returned, **{k: sent[k] for k in update}}, update))
+        reply.content[name] = ArrayRecord(add({**returned, **{key: sent[key] for key in update}}, update))
     return reply
 
 
+def _refused(message: Message, reason: str) -> Message:
+    from flwr.app import Error, Message
+    from flwr.common.constant import ErrorCode
+
+    return Message(Error(ErrorCode.MOD_FAILED_PRECONDITION, reason), reply_to=message)
+
+
 def _anywhere(message: Message, context: Context, defense: Defense) -> Callable[[int], Local]:
-    """Surroundings in an app that is not ours: the round from the message, the seed from node and round."""
+    """Surroundings in an app that is not ours.
+
+    The round comes from the message. Noise comes from ``defense-seed`` in the site's own node config where that is set, else
+    from the operating system: whoever can compute the seed can take the noise off again, so it never follows from what the
+    server knows.
+    """
+    import secrets
+
     import torch
 
-    configs = list(message.content.config_records.values()) if message.has_content() else []
-    server_round = int(next((c["server-round"] for c in configs if "server-round" in c), 0))  # type: ignore[arg-type]
-    seed = (context.node_id * 1_000_003 + server_round) % 2**63
-    local = Local(site=f"node {context.node_id}", round=server_round, rng=torch.Generator().manual_seed(seed))
+    configs = message.content.config_records.values() if message.has_content() else ()
+    server_round = next((config["server-round"] for config in configs if "server-round" in config), 0)
+    number = server_round if isinstance(server_round, int) else 0
+    given = context.node_config.get("defense-seed")
+    seed = secrets.randbits(63) if given is None else derive(int(given), number, defense.name)
+    local = Local(site=f"node {context.node_id}", round=number, rng=torch.Generator().manual_seed(seed))
     return lambda _: local
 
 
@@ -160,4 +182,3 @@ def with_seed(local: Local, seed: int) -> Local:
     import torch
 
     return replace(local, rng=torch.Generator().manual_seed(seed))
-

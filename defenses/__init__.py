@@ -1,0 +1,1 @@
+"""Defences a site can switch on: one file each, Flower mods by themselves."""
