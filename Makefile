@@ -14,7 +14,7 @@ $(READY): pyproject.toml constraints.txt
 	done || { echo "flpriv needs Python 3.11 or newer" >&2; exit 1; }; \
 	test -x $(BIN)/python || $$python -m venv $(VENV)
 	@echo "Installing flpriv and what it needs into $(VENV) (minutes, once)"
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
+	@$(BIN)/python -m pip install -qq --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
 	@touch $@
 
 demo: install
