@@ -1,0 +1,31 @@
+"""Age bands: named by whole years, so that attack and measure read the same names."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+
+def bands(edges: Sequence[int]) -> tuple[str, ...]:
+    """Names of the bands between rising ``edges``: ``(40, 60)`` gives ``("0-39", "40-59", "60+")``."""
+    starts = (0, *edges)
+    return (*(f"{low}-{high - 1}" for low, high in zip(starts, edges, strict=False)), f"{starts[-1]}+")
+
+
+def band(age: str, names: Sequence[str]) -> str:
+    """The band among ``names`` that holds ``age`` (years, a number as text); ``""`` where it is unknown or in none of them."""
+    try:
+        years = math.floor(float(age))
+    except (ValueError, OverflowError):
+        return ""
+    for name in names:
+        low, dash, high = name.removesuffix("+").partition("-")
+        if int(low) <= years and (not dash or years <= int(high)):
+            return name
+    return ""
+
+
+def is_band(name: str) -> bool:
+    """Whether ``name`` is one that :func:`bands` gives."""
+    low, _, high = name.removesuffix("+").partition("-")
+    return low.isdigit() and (name == f"{low}+" or (name == f"{low}-{high}" and high.isdigit()))
