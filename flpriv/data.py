@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from flpriv.errors import DataError, ScenarioError
-from flpriv.registry import create
+from flpriv.registry import create, find, plugins
 from flpriv.site import Site, Sites, Split, SplitPlan, load, split_patients
 from flpriv.task import Task
 
@@ -55,7 +55,10 @@ def records(scenario: Scenario, site: int, split: Split) -> Records:
 def task(scenario: Scenario, defenses: tuple[str, ...] = ()) -> Task:
     """The task the sites agree on under a stack of defences (labels)."""
     opened = source(scenario)
-    changes = tuple((spec.defense, dict(spec.options)) for spec in map(scenario.defense, defenses))
+    specs = [spec for spec in map(scenario.defense, defenses) if _changes_models(spec.defense, scenario.plugins)]
+    named = [*plugins("models", files=scenario.plugins).values(), *plugins("defenses", files=scenario.plugins).values()]
+    used = {scenario.model.name, *(spec.defense for spec in specs)}
+    files = sorted({p.target.rpartition(":")[0] for p in named if p.name in used and ".py:" in p.target})
     return Task(
         modality=opened.modality,
         shape=opened.shape,
@@ -64,8 +67,15 @@ def task(scenario: Scenario, defenses: tuple[str, ...] = ()) -> Task:
         options=scenario.model.options,
         mean=scenario.model.mean,
         std=scenario.model.std,
-        changes=changes,
+        changes=tuple((spec.defense, dict(spec.options)) for spec in specs),
+        plugins=tuple(files),
     )
+
+
+def _changes_models(name: str, files: tuple[Path, ...]) -> bool:
+    from flpriv.defense import Defense
+
+    return find("defenses", name, files=files).architecture is not Defense.architecture
 
 
 def _key(scenario: Scenario) -> str:

@@ -133,7 +133,8 @@ def build_model(task: Task) -> nn.Module:
         except TypeError as error:
             raise ScenarioError(f"model {task.model!r}: {error}") from error
         return model
-    built: nn.Module = create("models", task.model, task.options).build(task.shape, len(task.classes))
+    model_of = create("models", task.model, task.options, files=map(Path, task.plugins))
+    built: nn.Module = model_of.build(task.shape, len(task.classes))
     return built
 
 

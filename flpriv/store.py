@@ -345,13 +345,17 @@ def _stored_task(folder: Path, facts: Mapping[str, Any]) -> Task:
     if facts.get("task") is None:
         raise CaptureError(f"{path}: the capture says nothing of the task; open it with a task")
     task: Task = _parsed(path, lambda: _task(facts["task"]))
-    if ":" in task.model:
+    if ":" in task.model or task.plugins:
         raise CaptureError(f"{path}: the model {task.model!r} is code; to trust it, open the capture with a task of your own")
     return task
 
 
 def _task(facts: Mapping[str, Any]) -> Task:
-    tuples = {"shape": tuple(map(int, facts["shape"])), "classes": tuple(map(str, facts["classes"]))}
+    tuples = {
+        "shape": tuple(map(int, facts["shape"])),
+        "classes": tuple(map(str, facts["classes"])),
+        "plugins": tuple(facts.get("plugins", ())),
+    }
     changes = tuple((str(name), dict(options)) for name, options in facts["changes"])
     return Task(**{**facts, **tuples, "changes": changes, "model": str(facts["model"]), "options": dict(facts["options"])})
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -23,6 +24,7 @@ class Task:
         mean: subtracted from images in [0, 1] before the first layer.
         std: divides them after that.
         changes: (defence name, options) of the defences whose ``architecture`` the whole federation agreed on, in order.
+        plugins: files that bring the model or those defences, where flpriv and installed packages do not.
     """
 
     modality: str
@@ -33,6 +35,7 @@ class Task:
     mean: float = 0.0
     std: float = 1.0
     changes: tuple[tuple[str, Mapping[str, Any]], ...] = ()
+    plugins: tuple[str, ...] = ()
 
     @property
     def spatial(self) -> tuple[int, ...]:
@@ -56,7 +59,7 @@ class Task:
             torch.manual_seed(seed)
             model = build_model(self)
             for name, options in self.changes:
-                model = create("defenses", name, options).architecture(model)
+                model = create("defenses", name, options, files=map(Path, self.plugins)).architecture(model)
         if (self.mean, self.std) != (0.0, 1.0):
             mean, std = self.mean, self.std
             model.register_forward_pre_hook(lambda _, args: ((args[0] - mean) / std, *args[1:]))
