@@ -194,7 +194,7 @@ def _federate(scenario: Scenario, setting: Setting, folder: RunFolder, knowledge
     if Can.KNOW_EXPOSED in granted:
         write_knowledge(capture, "exposed", knowledge.exposed.anonymous(keep=("site", "sex", "age")))
     if Can.KNOW_LABELS in granted:
-        write_labels(capture, labels(scenario, read_witnesses(where)), ordered=Can.KNOW_ORDER in granted)
+        write_labels(capture, labels(scenario, read_witnesses(where)))
 
 
 def _attack(scenario: Scenario, setting: Setting, spec: AttackSpec, where: Path, events: Sequence[Event]) -> Outcome:

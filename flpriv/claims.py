@@ -49,7 +49,7 @@ def save_outcome(folder: Path, outcome: Outcome) -> None:
             value = getattr(claim, field.name)
             if isinstance(value, Tensor):
                 tensors[f"{place}.{field.name}"] = value.detach().cpu().contiguous().clone()
-            elif value is not None:
+            else:
                 row[field.name] = value
         rows.append(row)
     write_private(folder / "claims.safetensors", save(tensors or {"empty": torch.zeros(1)}))

@@ -77,8 +77,7 @@ def truth(scenario: Scenario, knowledge: Knowledge, witnesses: Sequence[Witness]
     for witness in witnesses:
         own = data.records(scenario, place[witness.site], "train")
         row = {id: i for i, id in enumerate(own.ids)}
-        distinct = dict.fromkeys(id for step in witness.steps for id in step)
-        used[witness.round, witness.node] = own.take([row[id] for id in distinct])
+        used[witness.round, witness.node] = own.take([row[id] for id in witness.used])
     everyone = [data.records(scenario, index, split) for index in range(len(sites)) for split in ("train", "test")]
     return Truth(
         used=used,

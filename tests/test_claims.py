@@ -1,0 +1,88 @@
+"""Claims and private files survive a round trip, and damage is told."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+from flpriv.claim import Attribute, Membership, PrivacyBound, Reconstruction
+from flpriv.claims import Outcome, load_outcome, save_outcome
+from flpriv.errors import CaptureError
+from flpriv.files import private_folder, write_private
+
+
+def outcome() -> Outcome:
+    return Outcome(
+        claims=(
+            Reconstruction(images=torch.rand(3, 1, 4, 4), round=1, node=7, confidence=torch.rand(3)),
+            Reconstruction(images=torch.rand(0, 1, 4, 4), round=2, node=None),
+            Membership(scores=torch.rand(5, dtype=torch.float64), node=3),
+            Attribute(attribute="site", classes=("a", "b"), probabilities=torch.rand(2, 2), probe="p", baseline="majority", repeat=2),
+            PrivacyBound(epsilon=1.5, delta=1e-5, confidence=0.95, ceiling=4.2, canaries=200),
+        ),
+        seconds=1.25,
+    )
+
+
+def test_round_trip(tmp_path: Path) -> None:
+    save_outcome(tmp_path / "x", outcome_ := outcome())
+    back = load_outcome(tmp_path / "x")
+    assert back is not None
+    assert back.status == "ok"
+    assert back.seconds == 1.25
+    assert [type(c) for c in back.claims] == [type(c) for c in outcome_.claims]
+    first, _, membership, attribute, bound = back.claims
+    assert isinstance(first, Reconstruction)
+    assert isinstance(outcome_.claims[0], Reconstruction)
+    assert torch.equal(first.images, outcome_.claims[0].images)
+    assert first.node == 7
+    assert first.labels is None
+    assert isinstance(membership, Membership)
+    assert membership.scores.dtype == torch.float64
+    assert isinstance(attribute, Attribute)
+    assert attribute.classes == ("a", "b")
+    assert bound == outcome_.claims[4]
+
+
+def test_nothing_saved_is_none(tmp_path: Path) -> None:
+    assert load_outcome(tmp_path) is None
+
+
+def test_no_claims_at_all(tmp_path: Path) -> None:
+    save_outcome(tmp_path, Outcome(status="failed", message="why"))
+    back = load_outcome(tmp_path)
+    assert back is not None
+    assert (back.status, back.message, tuple(back.claims)) == ("failed", "why", ())
+
+
+def test_damage_is_told_with_the_folder(tmp_path: Path) -> None:
+    save_outcome(tmp_path, outcome())
+    (tmp_path / "claims.safetensors").write_bytes(b"\x00" * 9)
+    with pytest.raises(CaptureError, match=str(tmp_path)):
+        load_outcome(tmp_path)
+
+
+def test_private_files_are_private_and_whole(tmp_path: Path) -> None:
+    folder = private_folder(tmp_path / "a" / "b")
+    assert folder.stat().st_mode & 0o777 == 0o700
+    write_private(folder / "f", b"one")
+    write_private(folder / "f", b"two")
+    assert (folder / "f").read_bytes() == b"two"
+    assert (folder / "f").stat().st_mode & 0o777 == 0o600
+    assert os.listdir(folder) == ["f"]
+
+
+def test_a_full_disk_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_private(tmp_path / "f", b"old")
+
+    def full(_: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("flpriv.files.os.fsync", full)
+    with pytest.raises(CaptureError, match="No space left"):
+        write_private(tmp_path / "f", b"new")
+    assert (tmp_path / "f").read_bytes() == b"old"
+    assert os.listdir(tmp_path) == ["f"]
