@@ -6,6 +6,7 @@ Listing reads source text, never imports it: ``flpriv list`` stays fast and cann
 from __future__ import annotations
 
 import ast
+import hashlib
 import importlib
 import importlib.util
 import sys
@@ -215,20 +216,21 @@ def _texts(node: ast.ClassDef) -> dict[str, str]:
 
 def _import(target: str) -> Any:
     module, _, attribute = target.rpartition(":")
+    if not module or module.startswith("."):
+        raise ScenarioError(f"cannot import {target!r}: write it as package.module:name")
     try:
         loaded = _load_file(Path(module)) if module.endswith(".py") else importlib.import_module(module)
-    except ImportError as error:
-        raise ScenarioError(f"cannot import {target!r}: {error}") from error
+    except Exception as error:
+        raise ScenarioError(f"cannot import {target!r}: {type(error).__name__}: {error}") from error
     if not hasattr(loaded, attribute):
         raise ScenarioError(f"cannot import {target!r}: {module} has no {attribute!r}{near(attribute, vars(loaded))}")
     return getattr(loaded, attribute)
 
 
 def _load_file(file: Path) -> Any:
-    name = f"flpriv_plugin_{file.stem}"
-    known = sys.modules.get(name)
-    if known is not None and getattr(known, "__file__", None) == str(file):
-        return known
+    name = f"flpriv_plugin_{file.stem}_{hashlib.sha256(str(file).encode()).hexdigest()[:8]}"
+    if name in sys.modules:
+        return sys.modules[name]
     spec = importlib.util.spec_from_file_location(name, file)
     if spec is None or spec.loader is None:
         raise ImportError(f"{file} is not a Python file")

@@ -306,19 +306,19 @@ def parse(tables: Mapping[str, Any], *, root: Path) -> Scenario:
     """
     for key in sorted(tables.keys() - KEYS):
         raise ScenarioError(f"unknown key {key!r}{near(key, KEYS)}")
-    root = Path(tables.get("root", root))
-    if not isinstance(seed := tables.get("seed", 0), int) or seed < 0:
+    root = root / str(tables.get("root", "."))
+    if type(seed := tables.get("seed", 0)) is not int or seed < 0:
         raise ScenarioError(f"seed = {seed!r}: must be a whole number, 0 or more")
     if (engine := tables.get("engine", "inline")) not in ("inline", "simulation"):
         raise ScenarioError(f"engine = {engine!r}: must be 'inline' or 'simulation'")
-    files = tuple((root / file).resolve() for file in tables.get("plugins", ()))
+    files = tuple((root / file).resolve() for file in _strings(tables, "plugins"))
     federation = dict(_table(tables, "federation"))
     local = validate(LocalRecipe, _table(federation, "local", "federation.local"), where="federation.local")
     federation["local"] = local
     threat_table = validate(ThreatTable, _table(tables, "threat"), where="threat")
     attacks = tuple(_attack(label, table, local) for label, table in _table(tables, "attacks").items())
     defenses = tuple(_defense(label, table) for label, table in _table(tables, "defenses").items())
-    compare = tuple(tables.get("compare", (UNDEFENDED, *(d.label for d in defenses))))
+    compare = _strings(tables, "compare", (UNDEFENDED, *(d.label for d in defenses)))
     scenario = Scenario(
         name=str(tables.get("name", "scenario")),
         seed=seed,
@@ -343,6 +343,8 @@ def _check(scenario: Scenario) -> None:
         raise ScenarioError(f"threat.model = {scenario.threat_table.model!r}{near(scenario.threat_table.model, NAMED)}")
     _ = scenario.threat
     labels = {d.label for d in scenario.defenses}
+    if not scenario.compare or len(set(scenario.compare)) < len(scenario.compare):
+        raise ScenarioError(f"compare = {list(scenario.compare)}: name one or more stacks of defenses, each once")
     for stack in scenario.compare:
         for label in () if stack == UNDEFENDED else stack.split("+"):
             if label not in labels:
@@ -383,15 +385,20 @@ def _model(table: Mapping[str, Any]) -> ModelTable:
 
 def _attack(label: str, table: Any, base: LocalRecipe) -> AttackSpec:
     table = _labelled_table("attacks", label, table)
-    own = table.get("local")
-    recipe = validate(LocalRecipe, asdict(base) | dict(own), where=f"attacks.{label}.local") if own is not None else None
+    recipe = _own_recipe(label, _table(table, "local", f"attacks.{label}.local"), base) if "local" in table else None
     rounds = table.get("rounds")
-    if rounds is not None and (not isinstance(rounds, int) or rounds < 1):
+    if rounds is not None and (type(rounds) is not int or rounds < 1):
         raise ScenarioError(f"attacks.{label}: rounds = {rounds!r}: must be a whole number, 1 or more")
-    against = tuple(map(str, table["against"])) if "against" in table else None
+    against = _strings(table, "against", where=f"attacks.{label}.against") if "against" in table else None
     rest = {key: value for key, value in table.items() if key not in ("attack", "local", "rounds", "against")}
     name = str(table.get("attack", label))
     return AttackSpec(label=label, attack=name, local=recipe, rounds=rounds, against=against, options=rest)
+
+
+def _own_recipe(label: str, own: Mapping[str, Any], base: LocalRecipe) -> LocalRecipe:
+    """The federation's recipe with an attack's changes; ``epochs`` without ``steps`` asks for whole epochs."""
+    inherited = asdict(base) | ({"steps": None} if "epochs" in own else {})
+    return validate(LocalRecipe, inherited | dict(own), where=f"attacks.{label}.local")
 
 
 def _defense(label: str, table: Any) -> DefenseSpec:
@@ -403,8 +410,8 @@ def _defense(label: str, table: Any) -> DefenseSpec:
 def _labelled_table(where: str, label: str, table: Any) -> dict[str, Any]:
     if not isinstance(table, Mapping):
         raise ScenarioError(f"{where}.{label} must be a table, e.g. [{where}.{label}]")
-    if not LABEL.fullmatch(label) or label == UNDEFENDED:
-        raise ScenarioError(f"{where}.{label}: a label is letters, digits, '.', '_' and '-', and not {UNDEFENDED!r}")
+    if not LABEL.fullmatch(label) or label == UNDEFENDED or "--" in label:
+        raise ScenarioError(f"{where}.{label}: a label is letters, digits, '.', '_' and single '-', and not {UNDEFENDED!r}")
     return dict(table)
 
 
@@ -413,6 +420,13 @@ def _table(tables: Mapping[str, Any], key: str, where: str = "") -> Mapping[str,
     if not isinstance(table, Mapping):
         raise ScenarioError(f"{where or key} must be a table, not {table!r}")
     return table
+
+
+def _strings(tables: Mapping[str, Any], key: str, default: Sequence[str] = (), where: str = "") -> tuple[str, ...]:
+    value = tables.get(key, default)
+    if not isinstance(value, list | tuple) or not all(isinstance(item, str) for item in value):
+        raise ScenarioError(f"{where or key} = {value!r}: must be a list of strings")
+    return tuple(value)
 
 
 def _override(tables: dict[str, Any], override: str) -> None:

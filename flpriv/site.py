@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import hashlib
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 from pydantic import ConfigDict, Field
@@ -100,30 +100,21 @@ class SplitPlan:
 
 
 def split_patients(sites: Sequence[Site], plan: SplitPlan) -> tuple[Site, ...]:
-    """Give every entry a split, patient by patient; entries that already have one keep it.
+    """Give every entry a split, patient by patient; a patient with a split already keeps it for all images, at every site.
 
-    The draw depends on the seed and the patient's id alone, so a site decides the same on any machine.
+    The draw depends on the seed and the patients' ids alone, so it is the same on any machine.
 
     Raises:
         DataError: if a patient has entries in two splits, or a site ends without training entries.
     """
+    decided = _given_splits(sites)
     done = []
-    seen: dict[str, tuple[str, str]] = {}
     for site in sites:
-        drawn = _draw(sorted({e.patient for e in site.entries if not e.split}), plan)
-        entries = []
-        for entry in site.entries:
-            split = entry.split or drawn[entry.patient]
-            first = seen.setdefault(entry.patient, (split, entry.id))
-            if first[0] != split:
-                raise DataError(
-                    f"site {site.name!r}: patient {entry.patient!r} is in two splits: {first[1]!r} in {first[0]!r}, "
-                    f"{entry.id!r} in {split!r}; give all images of a patient the same split"
-                )
-            entries.append(Entry(id=entry.id, patient=entry.patient, label=entry.label, split=split, attributes=entry.attributes))
+        decided |= _draw({entry.patient for entry in site.entries} - decided.keys(), plan)
+        entries = tuple(replace(entry, split=decided[entry.patient]) for entry in site.entries)
         if not any(entry.split == "train" for entry in entries):
             raise DataError(f"site {site.name!r}: no training image is left; lower sites.split.test or sites.split.public")
-        done.append(Site(name=site.name, entries=tuple(entries), read=site.read))
+        done.append(replace(site, entries=entries))
     return tuple(done)
 
 
@@ -131,7 +122,7 @@ def load(site: Site, split: Split, *, shape: tuple[int, ...]) -> Records:
     """Read all images of one split, with attributes ``"site"`` and whatever the entries carry.
 
     Raises:
-        DataError: naming the site and the entry whose image cannot be read or has another shape.
+        DataError: naming the site and the entry whose image has another shape, NaN, or values outside [0, 1].
     """
     import numpy as np
     import torch
@@ -146,6 +137,10 @@ def load(site: Site, split: Split, *, shape: tuple[int, ...]) -> Records:
             raise DataError(f"site {site.name!r}: image {entry.id!r} has shape {image.shape}, expected {shape}")
         if not np.isfinite(image).all():
             raise DataError(f"site {site.name!r}: image {entry.id!r} holds NaN or infinite values")
+        if image.size and (image.min() < -1e-3 or image.max() > 1 + 1e-3):
+            raise DataError(
+                f"site {site.name!r}: image {entry.id!r} has values from {image.min():g} to {image.max():g}, not in [0, 1]"
+            )
         images[row] = image
     names = sorted({key for entry in site.entries for key in entry.attributes} - {"site"})
     return Records(
@@ -158,12 +153,26 @@ def load(site: Site, split: Split, *, shape: tuple[int, ...]) -> Records:
     )
 
 
-def _draw(patients: Sequence[str], plan: SplitPlan) -> dict[str, Split]:
-    def rank(patient: str) -> str:
-        return hashlib.sha256(f"{plan.seed}/{patient}".encode()).hexdigest()
+def _given_splits(sites: Sequence[Site]) -> dict[str, Split]:
+    """Each patient's split where the source says it."""
+    first: dict[str, Entry] = {}
+    given: dict[str, Split] = {}
+    for site in sites:
+        for entry in site.entries:
+            if not entry.split:
+                continue
+            known = first.setdefault(entry.patient, entry)
+            if known.split != entry.split:
+                raise DataError(
+                    f"site {site.name!r}: patient {entry.patient!r} is in two splits: {known.id!r} in {known.split!r}, "
+                    f"{entry.id!r} in {entry.split!r}; give all images of a patient the same split"
+                )
+            given[entry.patient] = entry.split
+    return given
 
-    order = sorted(patients, key=rank)
+
+def _draw(patients: Iterable[str], plan: SplitPlan) -> dict[str, Split]:
+    order = sorted(patients, key=lambda patient: hashlib.sha256(f"{plan.seed}/{patient}".encode()).hexdigest())
     test, public = round(plan.test * len(order)), round(plan.public * len(order))
-    return {
-        patient: "test" if place < test else "public" if place < test + public else "train" for place, patient in enumerate(order)
-    }
+    splits: list[Split] = [*["test"] * test, *["public"] * public, *["train"] * len(order)]
+    return dict(zip(order, splits, strict=False))
