@@ -185,16 +185,12 @@ def _federate(scenario: Scenario, setting: Setting, folder: RunFolder, knowledge
     where = folder.setting(setting)
     if not (where / "result.json").is_file():
         engine.run(scenario, setting, folder=private_folder(where), resume=resume)
-    granted = scenario.threat.granted
     capture = where / "capture"
-    if Can.KNOW_PUBLIC in granted and knowledge.public is not None:
-        write_knowledge(capture, "public", knowledge.public.anonymous())
-    if Can.KNOW_CANDIDATES in granted:
-        write_knowledge(capture, "candidates", knowledge.candidates.anonymous())
-    if Can.KNOW_EXPOSED in granted:
-        write_knowledge(capture, "exposed", knowledge.exposed.anonymous(keep=("site", "sex", "age")))
-    if Can.KNOW_LABELS in granted:
-        write_labels(capture, labels(scenario, read_witnesses(where)))
+    if knowledge.public is not None:
+        write_knowledge(capture, "public", knowledge.public)
+    write_knowledge(capture, "candidates", knowledge.candidates)
+    write_knowledge(capture, "exposed", knowledge.exposed)
+    write_labels(capture, labels(scenario, read_witnesses(where)))
 
 
 def _attack(scenario: Scenario, setting: Setting, spec: AttackSpec, where: Path, events: Sequence[Event]) -> Outcome:
