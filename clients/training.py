@@ -42,6 +42,7 @@ def train(
     *,
     classes: int,
     seed: int,
+    mu: float = 0.0,
     prepare: Prepare | None = None,
     device: torch.device | str = "cpu",
 ) -> Trained:
@@ -55,6 +56,7 @@ def train(
         recipe: how to train.
         classes: number of classes.
         seed: of the batches' order and of dropout.
+        mu: weight of FedProx' proximal term, ≥ 0; 0 leaves it out.
         prepare: reshapes the loop.
         device: where to compute.
     """
@@ -64,18 +66,33 @@ def train(
         model.train(recipe.train_mode)
         loop = Loop(
             model=model,
-            optimizer=optimizer(model, recipe),
+            optimizer=optimizer(model, recipe, mu=mu),
             loader=loader(records, recipe, seed=derive(seed, "order")),
             loss=loss(recipe, records.labels.to(device), classes),
         )
         return _run(prepare(loop) if prepare else loop, recipe, device)
 
 
-def optimizer(model: nn.Module, recipe: LocalRecipe) -> torch.optim.Optimizer:
-    """The recipe's optimiser over the parameters of ``model``."""
+def optimizer(model: nn.Module, recipe: LocalRecipe, *, mu: float = 0.0) -> torch.optim.Optimizer:
+    """The recipe's optimiser over the parameters of ``model``; FedProx' ``mu / 2 * |w - w0|²`` draws them back to where they are now.
+
+    The pull joins the gradient just before each step, so that a defence which clips gradients per record does not see it.
+    """
+    chosen: torch.optim.Optimizer
     if recipe.optimizer == "adam":
-        return torch.optim.Adam(model.parameters(), lr=recipe.lr, weight_decay=recipe.weight_decay)
-    return torch.optim.SGD(model.parameters(), lr=recipe.lr, momentum=recipe.momentum, weight_decay=recipe.weight_decay)
+        chosen = torch.optim.Adam(model.parameters(), lr=recipe.lr, weight_decay=recipe.weight_decay)
+    else:
+        chosen = torch.optim.SGD(model.parameters(), lr=recipe.lr, momentum=recipe.momentum, weight_decay=recipe.weight_decay)
+    if mu:
+        origin = [(parameter, parameter.detach().clone()) for parameter in model.parameters()]
+
+        def pull(*_: Any) -> None:
+            for parameter, start in origin:
+                if parameter.grad is not None:
+                    parameter.grad.add_(parameter.detach() - start, alpha=mu)
+
+        chosen.register_step_pre_hook(pull)
+    return chosen
 
 
 def loader(records: Records, recipe: LocalRecipe, *, seed: int) -> DataLoader[Any]:

@@ -22,10 +22,7 @@ def run(scenario: Scenario, setting: Setting, *, folder: Path, resume: bool = Fa
         RunError: if the federation cannot be run to its end.
     """
     if scenario.engine == "simulation":
-        from flpriv.engine import simulation
-
-        simulation.run(scenario, setting, folder=folder, resume=resume)
+        from flpriv.engine.simulation import run as start
     else:
-        from flpriv.engine import inline
-
-        inline.run(scenario, setting, folder=folder, resume=resume)
+        from flpriv.engine.inline import run as start
+    start(scenario, setting, folder=folder, resume=resume)

@@ -16,9 +16,9 @@ if TYPE_CHECKING:
     from flwr.app import Context
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, eq=False)
 class RunConfig:
-    """One federation to run, as a Flower run-config names it.
+    """One federation to run, as a Flower run-config names it. There is one object per run and process, so it can be a cache key.
 
     Args:
         scenario: the whole scenario.
@@ -52,17 +52,31 @@ def read_run_config(context: Context) -> RunConfig:
         ScenarioError: for a missing ``scenario``, an unknown setting, or a scenario that does not parse.
     """
     config: Mapping[str, Any] = context.run_config
-    scenario, settings = _parsed(str(config.get("scenario", "")))
-    name = str(config.get("setting", "")) or _only(settings)
-    setting = settings.get(name) or scenario.setting(name)
-    out = Path(str(config["out"])) if config.get("out") else scenario.root / "runs" / setting.id
-    return RunConfig(scenario=scenario, setting=setting, out=out.resolve(), resume=bool(config.get("resume", False)))
+    text = str(config.get("scenario", ""))
+    return _read(
+        text, _stamp(text), str(config.get("setting", "")), str(config.get("out", "")), bool(config.get("resume", False))
+    )
+
+
+@lru_cache(maxsize=64)
+def _read(text: str, stamp: tuple[int, int], name: str, out: str, resume: bool) -> RunConfig:
+    scenario = _parsed(text, stamp)
+    setting = scenario.setting(name) if name else _only(scenario)
+    folder = Path(out) if out else scenario.root / "runs" / setting.id
+    return RunConfig(scenario=scenario, setting=setting, out=folder.resolve(), resume=resume)
 
 
 @lru_cache(maxsize=16)
-def _parsed(text: str) -> tuple[Scenario, Mapping[str, Setting]]:
-    scenario = _scenario(text)
-    return scenario, {setting.id: setting for setting in scenario.settings()}
+def _parsed(text: str, stamp: tuple[int, int]) -> Scenario:
+    return _scenario(text)
+
+
+def _stamp(text: str) -> tuple[int, int]:
+    """What changes when a scenario's file does."""
+    if text.startswith("{") or not (path := Path(text)).is_file():
+        return (0, 0)
+    found = path.stat()
+    return found.st_mtime_ns, found.st_size
 
 
 def _scenario(text: str) -> Scenario:
@@ -87,7 +101,8 @@ def _json(text: str, *, root: Path, where: str) -> Scenario:
     return parse(tables, root=root)
 
 
-def _only(settings: Mapping[str, Setting]) -> str:
-    if len(settings) != 1:
-        raise ScenarioError(f"run-config: name one setting, e.g. --run-config 'setting=\"{next(iter(settings), 'none')}\"'")
-    return next(iter(settings))
+def _only(scenario: Scenario) -> Setting:
+    first, *others = scenario.settings()
+    if others:
+        raise ScenarioError(f"run-config: name one setting, e.g. --run-config 'setting=\"{first.id}\"'")
+    return first

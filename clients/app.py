@@ -1,0 +1,250 @@
+"""The ClientApp that every site runs: local training behind the agreed defences, evaluation, and who am I.
+
+What leaves a site is its update, a few numbers, and where something went wrong one sentence without names, paths or record
+ids; the full story stays in the site's own folder.
+"""
+
+from __future__ import annotations
+
+import copy
+import logging
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property, lru_cache, partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from flwr.app import ArrayRecord, ConfigRecord, Context, Error, Message, MetricRecord, RecordDict
+from flwr.clientapp import ClientApp
+from flwr.common.constant import ErrorCode
+from torch import nn
+
+from flpriv import data
+from flpriv.clients.metrics import evaluate as measure
+from flpriv.clients.training import Trained, train
+from flpriv.clients.witness import log_error, write_witness
+from flpriv.defense import Defense, Local, Loop, guard
+from flpriv.engine.config import RunConfig, read_run_config
+from flpriv.errors import UpdateError
+from flpriv.files import private_folder
+from flpriv.records import Records
+from flpriv.registry import create
+from flpriv.seeds import derive
+from flpriv.site import Split
+from flpriv.state import check_finite, check_like
+from flpriv.task import Task
+from flpriv.witness import Witness, site_folder
+
+app = ClientApp()
+
+
+@app.train()
+def train_message(message: Message, context: Context) -> Message:
+    """Train the model received on the site's training records; the reply carries ``arrays`` and ``metrics``."""
+    return _answer(message, context, _train)
+
+
+@app.evaluate()
+def evaluate_message(message: Message, context: Context) -> Message:
+    """Evaluate the model received on the site's test records; the reply carries ``metrics``."""
+    return _answer(message, context, _evaluate)
+
+
+@app.query()
+def query_message(message: Message, context: Context) -> Message:
+    """Tell which site of the scenario this node is: ``site`` with ``partition-id`` and ``num-partitions``."""
+    keys = ("partition-id", "num-partitions")
+    content = ConfigRecord({key: int(context.node_config[key]) for key in keys if key in context.node_config})
+    return Message(RecordDict({"site": content}), reply_to=message)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Agreed:
+    """What all sites share in a setting.
+
+    Args:
+        task: what is learnt.
+        defenses: the stack, in order.
+        model: a fresh one, to be copied and never trained.
+    """
+
+    task: Task
+    defenses: tuple[Defense, ...]
+    model: nn.Module
+
+
+@lru_cache(maxsize=8)
+def _agreed(run: RunConfig, architecture: str) -> _Agreed:
+    """The setting's defences and model, in the definition that the attack labelled ``architecture`` ships where one is named."""
+    scenario, files = run.scenario, run.scenario.plugins
+    specs = [scenario.defense(label) for label in run.setting.defenses]
+    task = data.task(scenario, run.setting.defenses)
+    model = task.build()
+    if architecture:
+        spec = scenario.attack(architecture)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            model = create("attacks", spec.attack, spec.options, files=files).architecture(model, task)
+    defenses = tuple(create("defenses", spec.defense, spec.options, files=files) for spec in specs)
+    return _Agreed(task=task, defenses=defenses, model=model)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Visit:
+    """One site's work on one message.
+
+    Args:
+        run: scenario and setting.
+        site: index of the site.
+        round: 1, 2, ….
+        architecture: label of the attack whose model definition came with the message, or empty.
+        mu: weight of FedProx' proximal term, 0 for other strategies.
+        folder: the site's private folder.
+        trained: what :meth:`train` left, empty before.
+    """
+
+    run: RunConfig
+    site: int
+    round: int
+    architecture: str
+    mu: float
+    folder: Path
+    trained: list[Trained] = field(default_factory=list)
+
+    @property
+    def agreed(self) -> _Agreed:
+        return _agreed(self.run, self.architecture)
+
+    @cached_property
+    def locals(self) -> tuple[Local, ...]:
+        """Each defence's surroundings, by position."""
+        scenario, labels = self.run.scenario, self.run.setting.defenses
+        seeds = [derive(scenario.seed, self.site, self.round, "defense", label) for label in labels]
+        return tuple(
+            Local(
+                site=data.sites(scenario)[self.site].name,
+                round=self.round,
+                rng=torch.Generator().manual_seed(seed),
+                folder=private_folder(self.folder),
+                task=self.agreed.task,
+                records=partial(self.records, "train"),
+            )
+            for seed in seeds
+        )
+
+    def records(self, split: Split) -> Records:
+        return data.records(self.run.scenario, self.site, split)
+
+    def model(self, message: Message, device: torch.device) -> nn.Module:
+        """The agreed model with the weights received.
+
+        Raises:
+            UpdateError: naming the first layer that does not fit.
+        """
+        received = message.content.array_records["arrays"].to_torch_state_dict()
+        model = copy.deepcopy(self.agreed.model)
+        check_like(received, model.state_dict(), who=f"round {self.round}: the model received")
+        model.load_state_dict(received)
+        return model.to(device)
+
+    def prepare(self, loop: Loop) -> Loop:
+        """The loop as the defences want it."""
+        for defense, local in zip(self.agreed.defenses, self.locals, strict=True):
+            loop = defense.prepare(loop, local=local)
+        return loop
+
+    def train(self, message: Message, _: Context) -> Message:
+        """Local training, as the defences' mod calls it.
+
+        Raises:
+            UpdateError: if training left NaN or infinite values.
+        """
+        device = _device()
+        model, records, scenario = self.model(message, device), self.records("train"), self.run.scenario
+        done = train(
+            model,
+            records,
+            self.run.setting.local,
+            classes=len(self.agreed.task.classes),
+            seed=derive(scenario.seed, self.site, self.round, "train"),
+            mu=self.mu,
+            prepare=self.prepare,
+            device=device,
+        )
+        self.trained.append(done)
+        state = model.state_dict()
+        check_finite(state, who=f"round {self.round}: the update")
+        metrics = MetricRecord({"num-examples": len(records), "loss": done.loss})
+        return Message(RecordDict({"arrays": ArrayRecord(state), "metrics": metrics}), reply_to=message)
+
+    def witness(self, reply: Message, node: int) -> Witness:
+        """What was really done."""
+        ids = self.records("train").ids
+        return Witness(
+            site=data.sites(self.run.scenario)[self.site].name,
+            node=node,
+            round=self.round,
+            steps=tuple(tuple(ids[row] for row in rows) for done in self.trained for rows in done.steps),
+            notes={label: local.notes for label, local in zip(self.run.setting.defenses, self.locals, strict=True)},
+            refused=reply.error.reason if reply.has_error() else None,
+        )
+
+
+def _train(visit: _Visit, message: Message, context: Context) -> Message:
+    defenses = visit.agreed.defenses
+    reply = guard(defenses, message, context, visit.train, local=visit.locals.__getitem__)
+    if defenses and reply.has_content():
+        check_finite(reply.content.array_records["arrays"].to_torch_state_dict(), who=f"round {visit.round}: the defended update")
+    write_witness(visit.folder, visit.witness(reply, context.node_id))
+    return reply
+
+
+def _evaluate(visit: _Visit, message: Message, _: Context) -> Message:
+    records = visit.records("test")
+    if not len(records):
+        return _error(message, f"round {visit.round}: this site has no test records", ErrorCode.MOD_FAILED_PRECONDITION)
+    device = _device()
+    metrics = measure(visit.model(message, device), records, device=device)
+    return Message(RecordDict({"metrics": MetricRecord({"num-examples": len(records), **metrics})}), reply_to=message)
+
+
+def _answer(message: Message, context: Context, work: Callable[[_Visit, Message, Context], Message]) -> Message:
+    """Do the work; what goes wrong is told to the site's own log, and to the server only as far as it is safe."""
+    try:
+        visit = _visit(message, context)
+    except Exception as error:
+        logging.getLogger(__name__).exception("a message could not be read")
+        return _error(message, f"{type(error).__name__}: the run-config, node-config or scenario cannot be used at this site")
+    try:
+        return work(visit, message, context)
+    except Exception as error:
+        log_error(visit.folder, round=visit.round, error=error)
+        told = (
+            str(error)
+            if isinstance(error, UpdateError)
+            else f"round {visit.round}: {type(error).__name__}; see the site's own log"
+        )
+        return _error(message, told)
+
+
+def _visit(message: Message, context: Context) -> _Visit:
+    run, site = read_run_config(context), int(context.node_config["partition-id"])
+    own = context.node_config.get("site-folder")
+    config: Mapping[str, Any] = message.content.config_records.get("config", {})
+    return _Visit(
+        run=run,
+        site=site,
+        round=int(config.get("server-round", 0)),
+        architecture=str(config.get("architecture", "")),
+        mu=float(config.get("proximal-mu", 0.0)),
+        folder=Path(str(own)) / run.setting.id if own else site_folder(run.out, site),
+    )
+
+
+def _error(message: Message, reason: str, code: int = ErrorCode.CLIENT_APP_RAISED_EXCEPTION) -> Message:
+    return Message(Error(code, reason), reply_to=message)
+
+
+def _device() -> torch.device:
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
