@@ -103,14 +103,29 @@ class ThreatTable:
 
 
 @dataclass(frozen=True, kw_only=True)
+class OwnFederation:
+    """``[attacks.LABEL.federation]``: the attack gets a federation of its own that differs in these.
+
+    Args:
+        rounds: number of rounds, ≥ 1.
+        local: changes to the local recipe.
+    """
+
+    __pydantic_config__ = ConfigDict(extra="forbid")
+
+    rounds: Annotated[int, Field(ge=1, strict=True)] | None = None
+    local: Mapping[str, Any] | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
 class AttackSpec:
     """``[attacks.LABEL]``: one attack. Further keys are the attack's own options.
 
     Args:
         label: the table's name.
         attack: registered name; the label where not given.
-        local: a local recipe of its own: the attack then gets a federation of its own in which sites train so.
-        rounds: number of rounds of that federation.
+        local: the local recipe of a federation of its own, ``None`` to read the shared one.
+        rounds: number of rounds of a federation of its own.
         against: the stacks of defences it is run against; all of ``compare`` where not given.
         options: the attack's own fields.
     """
@@ -271,8 +286,7 @@ class Scenario:
             },
             "attacks": {
                 a.label: {"attack": a.attack}
-                | ({"local": _given(a.local)} if a.local else {})
-                | ({"rounds": a.rounds} if a.rounds else {})
+                | _own_tables(a)
                 | ({"against": list(a.against)} if a.against is not None else {})
                 | dict(a.options)
                 for a in self.attacks
@@ -384,21 +398,23 @@ def _model(table: Mapping[str, Any]) -> ModelTable:
 
 
 def _attack(label: str, table: Any, base: LocalRecipe) -> AttackSpec:
-    table = _labelled_table("attacks", label, table)
-    recipe = _own_recipe(label, _table(table, "local", f"attacks.{label}.local"), base) if "local" in table else None
-    rounds = table.get("rounds")
-    if rounds is not None and (type(rounds) is not int or rounds < 1):
-        raise ScenarioError(f"attacks.{label}: rounds = {rounds!r}: must be a whole number, 1 or more")
-    against = _strings(table, "against", where=f"attacks.{label}.against") if "against" in table else None
-    rest = {key: value for key, value in table.items() if key not in ("attack", "local", "rounds", "against")}
-    name = str(table.get("attack", label))
-    return AttackSpec(label=label, attack=name, local=recipe, rounds=rounds, against=against, options=rest)
+    table, where = _labelled_table("attacks", label, table), f"attacks.{label}"
+    own = validate(OwnFederation, _table(table, "federation", f"{where}.federation"), where=f"{where}.federation")
+    against = _strings(table, "against", where=f"{where}.against") if "against" in table else None
+    return AttackSpec(
+        label=label,
+        attack=str(table.get("attack", label)),
+        local=_own_recipe(own.local, base, where=f"{where}.federation.local") if own.local is not None else None,
+        rounds=own.rounds,
+        against=against,
+        options={key: value for key, value in table.items() if key not in ("attack", "federation", "against")},
+    )
 
 
-def _own_recipe(label: str, own: Mapping[str, Any], base: LocalRecipe) -> LocalRecipe:
+def _own_recipe(own: Mapping[str, Any], base: LocalRecipe, *, where: str) -> LocalRecipe:
     """The federation's recipe with an attack's changes; ``epochs`` without ``steps`` asks for whole epochs."""
     inherited = asdict(base) | ({"steps": None} if "epochs" in own else {})
-    return validate(LocalRecipe, inherited | dict(own), where=f"attacks.{label}.local")
+    return validate(LocalRecipe, inherited | dict(own), where=where)
 
 
 def _defense(label: str, table: Any) -> DefenseSpec:
@@ -461,6 +477,11 @@ def _labelled(specs: Sequence[Spec], label: str, kind: str) -> Spec:
     if label not in known:
         raise ScenarioError(f"unknown {kind} {label!r}{near(label, known)}")
     return known[label]
+
+
+def _own_tables(spec: AttackSpec) -> dict[str, Any]:
+    own = ({"rounds": spec.rounds} if spec.rounds else {}) | ({"local": _given(spec.local)} if spec.local else {})
+    return {"federation": own} if own else {}
 
 
 def _given(recipe: LocalRecipe) -> dict[str, Any]:
