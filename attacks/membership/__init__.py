@@ -1,0 +1,1 @@
+"""Membership inference: was this record trained on? Scores for candidates, from a model or from updates."""
