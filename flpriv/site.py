@@ -174,5 +174,6 @@ def _given_splits(sites: Sequence[Site]) -> dict[str, Split]:
 def _draw(patients: Iterable[str], plan: SplitPlan) -> dict[str, Split]:
     order = sorted(patients, key=lambda patient: hashlib.sha256(f"{plan.seed}/{patient}".encode()).hexdigest())
     test, public = round(plan.test * len(order)), round(plan.public * len(order))
-    splits: list[Split] = [*["test"] * test, *["public"] * public, *["train"] * len(order)]
-    return dict(zip(order, splits, strict=False))
+    return {
+        patient: "test" if place < test else "public" if place < test + public else "train" for place, patient in enumerate(order)
+    }

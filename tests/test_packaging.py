@@ -13,14 +13,15 @@ import tomllib
 import venv
 import zipfile
 from pathlib import Path
+from typing import get_args
 
 import pytest
 
-from flpriv.registry import plugins
+from flpriv.registry import Kind, plugins
 
 ROOT = Path(__file__).resolve().parents[1]
 FAMILIES = ("attacks", "clients", "defenses", "strategies")
-KINDS = ("attacks", "defenses", "strategies", "sites", "models")
+KINDS: tuple[Kind, ...] = get_args(Kind)
 LIST = f"""
 import json, flpriv
 from flpriv.registry import plugins
