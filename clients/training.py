@@ -74,7 +74,7 @@ def train(
 
 
 def optimizer(model: nn.Module, recipe: LocalRecipe, *, mu: float = 0.0) -> torch.optim.Optimizer:
-    """The recipe's optimiser over the parameters of ``model``; FedProx' ``mu / 2 * |w - w0|²`` draws them back to where they are now.
+    """The recipe's optimiser over the parameters of ``model``; FedProx' ``mu / 2 * |w - w0|²`` draws them back to their start.
 
     The pull joins the gradient just before each step, so that a defence which clips gradients per record does not see it.
     """

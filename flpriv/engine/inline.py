@@ -55,23 +55,24 @@ def run(scenario: Scenario, setting: Setting, *, folder: Path, resume: bool = Fa
         FlprivError: if the scenario or an image is wrong, or a file cannot be written.
         RunError: if the federation cannot be run to its end.
     """
-    sites = range(len(data.sites(scenario)))
-    for site in track(sites, "reading images"):
-        data.records(scenario, site, "train")
-        data.records(scenario, site, "test")
     config = RunConfig(scenario=scenario, setting=setting, out=private_folder(folder).resolve(), resume=resume)
     try:
-        run_apps(
-            importlib.import_module(CLIENT).app,
-            importlib.import_module(SERVER).app,
-            nodes=len(sites),
-            run_config=config.to_dict(),
-            seed=scenario.seed,
-        )
+        nodes = _read_images(scenario)
+        clients, server = importlib.import_module(CLIENT).app, importlib.import_module(SERVER).app
+        run_apps(clients, server, nodes=nodes, run_config=config.to_dict(), seed=scenario.seed)
     except FlprivError:
         raise
     except Exception as error:
         raise RunError(f"setting {setting.id!r}: {type(error).__name__}: {error}") from error
+
+
+def _read_images(scenario: Scenario) -> int:
+    """Read what the sites will need, so that a bad image ends the run before it starts; the number of sites."""
+    sites = range(len(data.sites(scenario)))
+    for site in track(sites, "reading images"):
+        data.records(scenario, site, "train")
+        data.records(scenario, site, "test")
+    return len(sites)
 
 
 def run_apps(
