@@ -123,7 +123,7 @@ class _Chest:
         a, b = x / wide, (y - 2) / deep
         squared_a, squared_b = a**2, b**2
         slope = np.sqrt(squared_a / wide**2 + squared_b / deep**2) + np.float32(5e-5)
-        return (squared_a + squared_b - 1) / (2 * slope)
+        return np.asarray((squared_a + squared_b - 1) / (2 * slope), dtype=np.float32)
 
     def _bend(self, z: Array) -> Array:
         """Millimetres by which the back's curve moves the chest backwards at a height."""
@@ -132,8 +132,8 @@ class _Chest:
     def _outside_lung(self, x: Array, y: Array, z: Array, cavity: Array, below: Array) -> Array:
         """Millimetres outside the lungs, negative inside, given those outside the rib cage and below the diaphragm."""
         middle = _profile(z, (-110, -40, 20, 60, 100, 140), (34, 32, 27, 25, 27, 33))
-        middle = middle * (0.3 + 0.75 * np.exp(-(((y - 12) / 42) ** 2)))
-        return np.maximum(np.maximum(cavity, below), middle - np.abs(x))
+        wrapped = middle * (0.3 + 0.75 * np.exp(-(((y - 12) / 42) ** 2)))
+        return np.asarray(np.maximum(np.maximum(cavity, below), wrapped - np.abs(x)), dtype=np.float32)
 
     def _outside_lung_at(self, points: NDArray[np.float64]) -> Array:
         """The same for ``(N, 3)`` points x, y, z of the patient."""

@@ -66,12 +66,11 @@ def decode(path: Path) -> Raw:
 def _picture(path: Path) -> Raw:
     from PIL import Image
 
-    with Image.open(path) as image:
-        if image.mode in ("P", "PA", "RGBA", "LA", "CMYK", "YCbCr", "La"):
-            image = image.convert("RGB")
-        values = np.asarray(image, dtype=np.float32)
-        white = {"1": 1.0, "L": 255.0, "RGB": 255.0}.get(image.mode, 65535.0)
-        if image.mode == "F":
+    with Image.open(path) as opened:
+        colored = opened.mode not in ("1", "L", "I", "I;16", "I;16B", "I;16L", "F")
+        values = np.asarray(opened.convert("RGB") if colored else opened, dtype=np.float32)
+        white = 255.0 if colored else {"1": 1.0, "L": 255.0}.get(opened.mode, 65535.0)
+        if opened.mode == "F":
             return _plain(values)
     color = values.ndim == 3
     if color and (values == values[..., :1]).all():
@@ -99,15 +98,20 @@ def _plain(values: NDArray[Any]) -> Raw:
 
 
 def _nifti(path: Path) -> Raw:
-    import nibabel
+    from nibabel.loadsave import load
+    from nibabel.spatialimages import SpatialImage
 
-    image = nibabel.load(path)  # type: ignore[attr-defined]
+    image = load(path)
+    if not isinstance(image, SpatialImage):
+        raise ValueError("holds no volume")
     values = np.asarray(image.dataobj, dtype=np.float32)
     while values.ndim > 3 and values.shape[-1] == 1:
         values = values[..., 0]
+    if values.ndim == 2:
+        values = values[..., None]
     if values.ndim != 3:
         raise ValueError(f"has shape {values.shape}, not one volume")
-    canonical, spacing = _canonical(values, np.asarray(image.affine, dtype=float))
+    canonical, spacing = _canonical(values, np.asarray(image.affine, dtype=np.float64))
     if canonical.shape[0] == 1:
         canonical, spacing = canonical[0], spacing[1:]
     return Raw(values=canonical, shown=None, spacing=spacing)
@@ -115,14 +119,14 @@ def _nifti(path: Path) -> Raw:
 
 def _canonical(values: Array, affine: NDArray[np.float64]) -> tuple[Array, tuple[float, ...]]:
     """A volume with an affine to right-anterior-superior millimetres, turned to (head, back, left), and its spacing."""
-    from nibabel import orientations
+    import nibabel
 
-    start = orientations.io_orientation(affine)
-    turn = orientations.ornt_transform(start, orientations.axcodes2ornt(("L", "P", "S")))
-    turned = np.ascontiguousarray(orientations.apply_orientation(values, turn).transpose(2, 1, 0))
+    ways: Any = nibabel.orientations
+    start = ways.io_orientation(affine)
+    turned = ways.apply_orientation(values, ways.ornt_transform(start, ways.axcodes2ornt(("L", "P", "S"))))
     size = np.sqrt((affine[:3, :3] ** 2).sum(axis=0))
-    spacing = [float(size[int(np.flatnonzero(start[:, 0] == axis)[0])]) for axis in range(3)]
-    return turned, (spacing[2], spacing[1], spacing[0])
+    spacing = tuple(float(size[int(np.flatnonzero(start[:, 0] == axis)[0])]) for axis in (2, 1, 0))
+    return np.ascontiguousarray(turned.transpose(2, 1, 0), dtype=np.float32), spacing
 
 
 def _is_dicom(path: Path) -> bool:
@@ -161,7 +165,7 @@ def _dataset(path: Path) -> Dataset:
 
 def _rescaled(dataset: Dataset) -> Array:
     """Pixels after the modality's rescaling, the padding around a field of view set to its darkest value."""
-    from pydicom.pixels import apply_modality_lut
+    from pydicom.pixels.processing import apply_modality_lut
 
     stored = dataset.pixel_array
     padding = dataset.get("PixelPaddingValue", None)
@@ -180,7 +184,7 @@ def _shown(dataset: Dataset, values: Array) -> tuple[tuple[float, float] | None,
     if center is not None and width is not None and width > 1:
         return (center - width / 2, center + width / 2 - 1), values
     if "VOILUTSequence" in dataset:
-        from pydicom.pixels import apply_voi_lut
+        from pydicom.pixels.processing import apply_voi_lut
 
         bits = int(dataset.VOILUTSequence[0].LUTDescriptor[2])
         return (0.0, 2.0**bits - 1), np.asarray(apply_voi_lut(values.astype(np.int32), dataset), dtype=np.float32)
@@ -294,3 +298,5 @@ _READERS: Mapping[str, Callable[[Path], Raw]] = {
     ".npy": _array,
     ".npz": _array,
 }
+SUFFIXES: tuple[str, ...] = tuple(_READERS)
+"""Endings of the file names :func:`decode` knows."""

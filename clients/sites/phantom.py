@@ -107,10 +107,10 @@ class PhantomSites(Sites):
         take = radiograph if self.dimensions == 2 else tomogram
         return take(person, equipment, size=self.size, pose=pose, rng=rng)[None]
 
-    def _differences(self, what: str, place: int, count: int) -> list[float]:
+    def _differences(self, what: str, place: int, count: int) -> tuple[float, ...]:
         """``count`` numbers in [-0.5, 0.5] times ``site_effect``, spread evenly over the hospitals (a Latin hypercube)."""
         spread = []
         for number in range(count):
             order = np.random.default_rng(derive(self.seed, what, number)).permutation(self.sites)
             spread.append(float(self.site_effect * ((order[place] + 0.5) / self.sites - 0.5)))
-        return spread
+        return tuple(spread)

@@ -51,7 +51,7 @@ def read_image(
 
 
 def windowed(raw: Raw, *, window: tuple[float, float] | None, modality: str) -> Array:
-    """The values of ``raw`` in [0, 1], channels first: ``(C, H, W)`` or ``(C, D, H, W)``, bright bones whatever the file's polarity."""
+    """The values of ``raw`` in [0, 1], channels first, ``(C, H, W)`` or ``(C, D, H, W)``, bone bright whatever the polarity."""
     low, high = window or raw.shown or _default(raw, modality)
     image = np.clip((raw.values - low) / max(high - low, 1e-6), 0, 1).astype(np.float32)
     if raw.inverted:
@@ -67,7 +67,7 @@ def _default(raw: Raw, modality: str) -> tuple[float, float]:
 
 
 def to_shape(image: Array, *, shape: tuple[int, ...], spacing: Sequence[float] = (), fit: Fit = "stretch") -> Array:
-    """Channels-first ``image`` as ``shape``: framed by ``fit``, resampled with antialiasing, gray and RGB turned into each other."""
+    """Channels-first ``image`` as ``shape``: framed by ``fit``, resampled, RGB and gray turned into each other."""
     framed = _framed(image, spacing or (1.0,) * (image.ndim - 1), shape[1:], fit)
     if framed.shape[0] == 3 and shape[0] == 1:
         framed = np.tensordot(np.array([0.299, 0.587, 0.114], dtype=np.float32), framed, axes=1)[None]
