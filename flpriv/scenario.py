@@ -126,7 +126,7 @@ class AttackSpec:
         attack: registered name; the label where not given.
         local: the local recipe of a federation of its own, ``None`` to read the shared one.
         rounds: number of rounds of a federation of its own.
-        against: the stacks of defences it is run against; all of ``compare`` where not given.
+        against: which stacks of ``compare`` it is run against; all of them where not given.
         options: the attack's own fields.
     """
 
@@ -359,16 +359,12 @@ def _check(scenario: Scenario) -> None:
     labels = {d.label for d in scenario.defenses}
     if not scenario.compare or len(set(scenario.compare)) < len(scenario.compare):
         raise ScenarioError(f"compare = {list(scenario.compare)}: name one or more stacks of defenses, each once")
-    for stack in scenario.compare:
+    stacks = [("compare", stack) for stack in scenario.compare]
+    stacks += [(f"attacks.{spec.label}.against", stack) for spec in scenario.attacks for stack in spec.against or ()]
+    for where, stack in stacks:
         for label in () if stack == UNDEFENDED else stack.split("+"):
             if label not in labels:
-                raise ScenarioError(f"compare: no defense labelled {label!r}{near(label, labels)}")
-    for spec in scenario.attacks:
-        for stack in spec.against or ():
-            if stack not in scenario.compare:
-                raise ScenarioError(
-                    f"attacks.{spec.label}: against {stack!r}, which is not in compare{near(stack, scenario.compare)}"
-                )
+                raise ScenarioError(f"{where}: no defense labelled {label!r}{near(label, labels)}")
     for table, kind, names in (
         ("attacks", "attacks", {a.label: a.attack for a in scenario.attacks}),
         ("defenses", "defenses", {d.label: d.defense for d in scenario.defenses}),

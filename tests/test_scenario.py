@@ -164,7 +164,7 @@ def test_an_attacks_recipe_starts_from_the_federations(root: Path, own: dict[str
         ),
         ({"attacks": {"look": {"federation": {"rounds": 0}}}}, "attacks.look.federation: rounds = 0: "),
         ({"attacks": {"look": {"against": "none"}}}, "attacks.look.against = 'none': must be a list of strings"),
-        ({"attacks": {"look": {"against": ["nine"]}}}, "attacks.look: against 'nine', which is not in compare"),
+        ({"attacks": {"look": {"against": ["nine"]}}}, "attacks.look.against: no defense labelled 'nine'"),
         ({"attacks": {"a b": {"attack": "look"}}}, "attacks.a b: a label is letters"),
         ({"attacks": {"../up": {"attack": "look"}}}, "attacks.../up: a label is letters"),
         ({"attacks": {"a--b": {"attack": "look"}}}, "attacks.a--b: a label is letters"),
