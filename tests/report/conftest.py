@@ -41,7 +41,7 @@ def chest(seed: int, size: int = 64) -> Image:
         image = np.where(((x - side * shift) / width) ** 2 + (y / height) ** 2 < 1, 0.2, image)
     image = image + 0.1 * np.cos(y * rng.uniform(20, 28)) * (image < 0.5)
     image = np.where(((x - 0.13) / 0.3) ** 2 + ((y - 0.35) / 0.3) ** 2 < 1, 0.8, image)
-    return np.clip(image + rng.normal(0, 0.02, image.shape), 0, 1).astype(np.float32)[None]
+    return np.asarray(np.clip(image + rng.normal(0, 0.02, image.shape), 0, 1), dtype=np.float32)[None]
 
 
 def volume(seed: int, size: int = 24) -> Image:
@@ -50,7 +50,7 @@ def volume(seed: int, size: int = 24) -> Image:
     z, y, x = np.mgrid[-1 : 1 : size * 1j, -1 : 1 : size * 1j, -1 : 1 : size * 1j]
     centre = rng.uniform(-0.35, 0.35, 3)
     ball = ((x - centre[0]) ** 2 + (y - centre[1]) ** 2 + (z - centre[2]) ** 2) < rng.uniform(0.15, 0.4)
-    return np.clip(0.2 + 0.6 * ball + 0.15 * z + rng.normal(0, 0.03, ball.shape), 0, 1).astype(np.float32)[None]
+    return np.asarray(np.clip(0.2 + 0.6 * ball + 0.15 * z + rng.normal(0, 0.03, ball.shape), 0, 1), dtype=np.float32)[None]
 
 
 def pair(original: Image, guess: Image, *, noise: float, seed: int, site: str, rank: int | None = 1) -> Pair:

@@ -122,7 +122,7 @@ def visit(browser: Browser, file: Path, **options: Any) -> tuple[Page, list[str]
     noise: list[str] = []
     opened.on("console", lambda message: noise.append(f"console {message.type}: {message.text}"))
     opened.on("pageerror", lambda error: noise.append(f"error: {error}"))
-    opened.on("dialog", lambda dialog: (noise.append(f"dialog: {dialog.message}"), dialog.dismiss()))
+    opened.on("dialog", lambda dialog: noise.append(f"dialog: {dialog.message}"))
     opened.on("request", lambda request: None if request.url.startswith("data:") else noise.append(f"request: {request.url}"))
     opened.goto(file.as_uri())
     noise.remove(f"request: {file.as_uri()}")

@@ -13,6 +13,7 @@ import pytest
 
 from flpriv import verdicts
 from flpriv.errors import CaptureError
+from flpriv.files import write_private
 from flpriv.finding import Metric, Verdict
 
 
@@ -63,10 +64,9 @@ def test_an_interrupted_save_leaves_the_earlier_verdict(
     def full(path: Path, content: bytes) -> None:
         if path.suffix == ".json":
             raise CaptureError("disk full")
-        real(path, content)
+        write_private(path, content)
 
-    real = verdicts.write_private
-    monkeypatch.setattr(verdicts, "write_private", full)
+    monkeypatch.setattr("flpriv.verdicts.write_private", full)
     with pytest.raises(CaptureError, match="disk full"):
         verdicts.save(verdict, tmp_path)
     assert same(verdicts.load(tmp_path), small)
