@@ -28,7 +28,9 @@ PLUGINS = '''
 from dataclasses import dataclass
 from typing import ClassVar
 import torch
+from flpriv.attack import Attack
 from flpriv.defense import Defense, Refusal
+from flpriv.threat import Can
 
 @dataclass(frozen=True, kw_only=True)
 class Halve(Defense):
@@ -65,16 +67,47 @@ class Break(Defense):
     acts_on = "loop"
     def prepare(self, loop, *, local):
         raise ValueError(f"/data/secret/{local.records().ids[0]}.png")
+
+class Wrapped(torch.nn.Module):
+    def __init__(self, inner):
+        super().__init__()
+        self.inner, self.scale = inner, torch.nn.Parameter(torch.rand(1))
+    def forward(self, x):
+        return self.inner(x) * self.scale
+
+@dataclass(frozen=True, kw_only=True)
+class Wrap(Defense):
+    """Change the model that all agree on."""
+    name = "wrap"
+    acts_on = "loop"
+    def architecture(self, model):
+        return Wrapped(model)
+
+@dataclass(frozen=True, kw_only=True)
+class Ship(Attack):
+    """Ship another model definition."""
+    name = "ship"
+    goal = "reconstruction"
+    needs = Can.TAMPER
+    paper = ""
+    times: int = 1
+    def run(self, capture, *, rng):
+        return []
+    def architecture(self, model, task):
+        for _ in range(self.times):
+            model = Wrapped(model)
+        return model
 '''
 
 
 @pytest.fixture
 def defended(scenario: Make, tmp_path: Path) -> Make:
-    """A scenario with four toy defences."""
+    """A scenario with toy defences and an attack that ships a model definition."""
     file = tmp_path / "toys.py"
     file.write_text(PLUGINS)
-    names = ("halve", "spoil", "refuse", "break")
-    return lambda **tables: scenario(plugins=[str(file)], defenses={name: {} for name in names}, **tables)
+    names = ("halve", "spoil", "refuse", "break", "wrap")
+    attacks = {"twice": {"attack": "ship", "times": 2}}
+    return lambda **tables: scenario(plugins=[str(file)], defenses={name: {} for name in names}, attacks=attacks, **tables)
 
 
 def initial(scenario: Scenario, seed: int = 0) -> dict[str, Tensor]:
@@ -203,6 +236,26 @@ def test_a_model_that_does_not_fit_is_refused_by_layer(scenario: Make, ask: Ask,
     made = scenario()
     reply = ask(made, {**initial(made), "fc.bias": torch.zeros(5)}, kind=kind)
     assert reply.error.reason == "round 1: the model received: layer 'fc.bias' has shape (5,), expected (2,)"
+
+
+def test_a_defence_of_a_plugin_file_changes_the_agreed_model(defended: Make, ask: Ask) -> None:
+    made = defended()
+    state = dict(data.task(made, ("wrap",)).build().state_dict())
+    assert "scale" in state and data.task(made).plugins == ()
+    assert list(arrays(ask(made, state, setting="wrap"))) == list(state)
+    assert "layer 'conv1.bias' is missing" in str(ask(made, state).error.reason)
+
+
+def test_the_model_definition_that_an_attack_ships_is_built(defended: Make, ask: Ask) -> None:
+    made = defended(federation=one_step())
+    state = {f"inner.inner.{key}": value for key, value in initial(made).items()}
+    state |= {"scale": torch.ones(1), "inner.scale": torch.ones(1)}
+    returned = arrays(ask(made, state, config={"architecture": "twice"}))
+    bare = arrays(ask(made, initial(made)))
+    assert set(returned) == set(state)
+    for key, value in bare.items():
+        torch.testing.assert_close(returned[f"inner.inner.{key}"], value)
+    assert ask(made, state, config={"architecture": "thrice"}).error.reason == "round 1: ScenarioError; see the site's own log"
 
 
 def test_files_are_private(scenario: Make, ask: Ask, tmp_path: Path) -> None:

@@ -26,6 +26,8 @@ from flpriv.engine.config import RunConfig
 from flpriv.engine.inline import run_apps
 from flpriv.errors import RunError
 from flpriv.scenario import Scenario, parse
+from flpriv.state import norm
+from flpriv.store import open_capture
 from flpriv.witness import read_witnesses
 
 TINY = Path(__file__).parent.parent / "clients" / "tiny.py"
@@ -108,8 +110,9 @@ def test_neither_side_can_change_what_the_other_holds() -> None:
         messages = [Message(content, node, "train") for node in grid.get_node_ids()]
         nodes = [message.metadata.dst_node_id for message in messages]
         replies: Any = list(grid.send_and_receive(messages))
-        assert content["arrays"]["weight"].numpy().tolist() == [1.0]
-        assert list(content["arrays"]) == ["weight"]
+        sent: Any = content["arrays"]
+        assert sent["weight"].numpy().tolist() == [1.0]
+        assert list(sent) == ["weight"]
         assert content["config"]["list"] == [1, 2]
         assert [message.metadata.dst_node_id for message in messages] == nodes
         assert context.run_config["scenario"] == "mine"
@@ -180,9 +183,9 @@ def test_the_process_is_left_as_it_was(fails: bool) -> None:
             raise ZeroDivisionError
 
     def state() -> tuple[Any, ...]:
-        numbers = np.random.get_state()[1].tolist()  # type: ignore[index,union-attr,call-overload] # noqa: NPY002
+        numbers: Any = np.random.get_state()  # noqa: NPY002
         identity = (TaskIdentity._run_id, TaskIdentity._node_id, TaskIdentity._task_id)
-        return random.getstate(), numbers, torch.get_rng_state().tolist(), torch.get_num_threads(), identity
+        return random.getstate(), numbers[1].tolist(), torch.get_rng_state().tolist(), torch.get_num_threads(), identity
 
     before, level = state(), logging.getLogger("flwr").level
     if fails:
@@ -204,9 +207,9 @@ def test_a_hundred_clients_are_quick(tmp_path: Path) -> None:
         results.append(FedAvg().start(grid, initial, num_rounds=3))
 
     config = RunConfig(scenario=made, setting=made.setting("none"), out=tmp_path / "out")
-    start = time.perf_counter()
+    start = time.process_time()
     run_apps(our_client, server(work), nodes=100, run_config=config.to_dict())
-    assert time.perf_counter() - start < 20
+    assert time.process_time() - start < 15
     assert len(read_witnesses(tmp_path / "out")) == 300
     assert results[0].evaluate_metrics_clientapp[3]["loss"] < results[0].evaluate_metrics_clientapp[1]["loss"]
 
@@ -235,3 +238,16 @@ def test_an_image_that_cannot_be_read_ends_the_run_before_it_starts(tmp_path: Pa
     made = scenario(tmp_path, sites={"unreadable": "1-4"})
     with pytest.raises(RunError, match=r"/secret/path/1-4\.png is truncated"):
         engine.run(made, made.setting("none"), folder=tmp_path / "out")
+
+
+def test_fedprox_reaches_the_clients(tmp_path: Path) -> None:
+    moved = []
+    for mu in (0.0, 10.0):
+        federation = {"rounds": 1, "strategy": "FedProx", "options": {"proximal_mu": mu}, "local": {"epochs": 3}}
+        made = scenario(tmp_path, federation=federation)
+        engine.run(made, made.setting("none"), folder=tmp_path / str(mu))
+        witness, *_ = read_witnesses(tmp_path / str(mu))
+        observation, *_ = open_capture(tmp_path / str(mu) / "capture").observations
+        moved.append(float(norm(observation.update)))
+        assert witness.node in open_capture(tmp_path / str(mu) / "capture").nodes
+    assert moved[1] < 0.7 * moved[0]
