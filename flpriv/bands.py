@@ -4,12 +4,21 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from itertools import pairwise
+
+from flpriv.errors import ScenarioError
 
 
 def bands(edges: Sequence[int]) -> tuple[str, ...]:
-    """Names of the bands between rising ``edges``: ``(40, 60)`` gives ``("0-39", "40-59", "60+")``."""
+    """Names of the bands between rising ``edges``: ``(40, 60)`` gives ``("0-39", "40-59", "60+")``.
+
+    Raises:
+        ScenarioError: for edges that do not rise.
+    """
     starts = (0, *edges)
-    return (*(f"{low}-{high - 1}" for low, high in zip(starts, edges, strict=False)), f"{starts[-1]}+")
+    if any(high <= low for low, high in pairwise(starts)):
+        raise ScenarioError(f"age bands: edges {tuple(edges)} must be positive and rise")
+    return (*(f"{low}-{high - 1}" for low, high in pairwise(starts)), f"{starts[-1]}+")
 
 
 def band(age: str, names: Sequence[str]) -> str:
