@@ -216,8 +216,8 @@ def test_a_hundred_clients_are_quick(tmp_path: Path) -> None:
 
 def scenario(root: Path, **tables: Any) -> Scenario:
     sites = {"source": "tiny", **tables.pop("sites", {})}
-    tables = {"model": {"name": "cnn", "width": 4}, "federation": {"rounds": 2}} | tables
-    return parse({**tables, "plugins": [str(TINY)], "sites": sites}, root=root)
+    tables = {"plugins": [], "model": {"name": "cnn", "width": 4}, "federation": {"rounds": 2}, **tables}
+    return parse({**tables, "plugins": [str(TINY), *tables["plugins"]], "sites": sites}, root=root)
 
 
 def test_a_setting_runs_to_its_result_and_gives_the_same_bits_again(tmp_path: Path) -> None:
@@ -251,3 +251,29 @@ def test_fedprox_reaches_the_clients(tmp_path: Path) -> None:
         moved.append(float(norm(observation.update)))
         assert witness.node in open_capture(tmp_path / str(mu) / "capture").nodes
     assert moved[1] < 0.7 * moved[0]
+
+
+SPOIL = '''
+from dataclasses import dataclass
+from flpriv.defense import Defense
+
+@dataclass(frozen=True, kw_only=True)
+class Spoil(Defense):
+    """Return NaN from one site in one round."""
+    name = "spoil"
+    acts_on = "update"
+    def protect(self, update, *, local):
+        spoilt = (local.site, local.round) == ("clinic 1", 1)
+        return {key: value * float("nan") for key, value in update.items()} if spoilt else update
+'''
+
+
+def test_a_nan_update_is_an_event_and_the_round_goes_on(tmp_path: Path) -> None:
+    (tmp_path / "spoil.py").write_text(SPOIL)
+    made = scenario(tmp_path, defenses={"spoil": {}}, plugins=[str(tmp_path / "spoil.py")])
+    engine.run(made, made.setting("spoil"), folder=tmp_path / "out")
+    (event,) = json.loads((tmp_path / "out" / "result.json").read_text())["events"]
+    assert event["round"] == 1
+    assert "round 1: the defended update: layer 'conv1.weight' holds NaN or infinite values" in event["what"]
+    assert [(w.site, w.round) for w in read_witnesses(tmp_path / "out") if w.round == 1] == [("clinic 0", 1), ("clinic 2", 1)]
+    assert all(state.isfinite().all() for state in open_capture(tmp_path / "out" / "capture").final.values())
