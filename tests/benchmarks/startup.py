@@ -28,9 +28,8 @@ def main() -> int:
     for argument, limit in LIMITS.items():
         took = seconds(sys.executable, "-m", "flpriv", argument)
         slow += took > limit
-        print(
-            f"flpriv {argument:9} {took:6.3f} s   {took / bare:4.1f} × bare Python, limit {limit} s{'   TOO SLOW' if took > limit else ''}"
-        )
+        verdict = "TOO SLOW" if took > limit else "ok"
+        print(f"flpriv {argument:9} {took:6.3f} s   {took / bare:4.1f} × bare Python, limit {limit} s: {verdict}")
     return slow
 
 
