@@ -161,16 +161,14 @@ def check(scenario: Scenario) -> None:
     """Make everything the scenario names once, so that a wrong option is told before anything runs; no image is read.
 
     Raises:
-        FlprivError: naming what is wrong.
+        ScenarioError: naming the name or option that is wrong, or an active attack that the threat model does not allow.
+        DataError: naming the file, row, site or patient that is wrong.
     """
     for attack_spec in scenario.attacks:
         create("attacks", attack_spec.attack, attack_spec.options, files=scenario.plugins)
     for defense_spec in scenario.defenses:
         create("defenses", defense_spec.defense, defense_spec.options, files=scenario.plugins)
-    from flpriv.strategies.building import build_strategy
-
-    build_strategy(scenario.federation.strategy, scenario.federation.options)
-    data.sites(scenario)
+    engine.check(scenario)
     threat = scenario.threat
     for setting in scenario.settings():
         data.task(scenario, setting.defenses).build()
@@ -286,7 +284,7 @@ def _utility(scenario: Scenario, setting: Setting, where: Path, split: Any) -> t
     if not parts:
         return ()
     with torch.inference_mode():
-        logits = torch.cat([model(batch) for part in parts for batch in part.images.split(64)])
+        logits = torch.cat([model(batch) for part in parts for batch in torch.split(part.images, 64)])
     patients = [patient for part in parts for patient in part.patients]
     return utility(logits, torch.cat([part.labels for part in parts]), patients, seed=derive(scenario.seed, "utility"))
 

@@ -36,8 +36,10 @@ def write_private(path: Path, content: bytes) -> None:
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
-        os.replace(temporary, path)
+        Path(temporary).replace(path)
     except OSError as error:
         if temporary is not None:
             Path(temporary).unlink(missing_ok=True)
-        raise CaptureError(f"{path}: cannot be written: {error.strerror or error}; free space or give --out another folder") from error
+        raise CaptureError(
+            f"{path}: cannot be written: {error.strerror or error}; free space or give --out another folder"
+        ) from error

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 import pytest
@@ -20,7 +19,9 @@ def outcome() -> Outcome:
             Reconstruction(images=torch.rand(3, 1, 4, 4), round=1, node=7, confidence=torch.rand(3)),
             Reconstruction(images=torch.rand(0, 1, 4, 4), round=2, node=None),
             Membership(scores=torch.rand(5, dtype=torch.float64), node=3),
-            Attribute(attribute="site", classes=("a", "b"), probabilities=torch.rand(2, 2), probe="p", baseline="majority", repeat=2),
+            Attribute(
+                attribute="site", classes=("a", "b"), probabilities=torch.rand(2, 2), probe="p", baseline="majority", repeat=2
+            ),
             PrivacyBound(epsilon=1.5, delta=1e-5, confidence=0.95, ceiling=4.2, canaries=200),
         ),
         seconds=1.25,
@@ -72,7 +73,7 @@ def test_private_files_are_private_and_whole(tmp_path: Path) -> None:
     write_private(folder / "f", b"two")
     assert (folder / "f").read_bytes() == b"two"
     assert (folder / "f").stat().st_mode & 0o777 == 0o600
-    assert os.listdir(folder) == ["f"]
+    assert [path.name for path in folder.iterdir()] == ["f"]
 
 
 def test_a_full_disk_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -85,4 +86,4 @@ def test_a_full_disk_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.Mon
     with pytest.raises(CaptureError, match="No space left"):
         write_private(tmp_path / "f", b"new")
     assert (tmp_path / "f").read_bytes() == b"old"
-    assert os.listdir(tmp_path) == ["f"]
+    assert [path.name for path in tmp_path.iterdir()] == ["f"]

@@ -14,7 +14,22 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 FAMILIES = ("attacks", "clients", "defenses", "strategies")
 CONTRACTS = {
-    *("attack", "capture", "claim", "data", "defense", "errors", "files", "finding", "model", "progress", "recipe", "records"),
+    *(
+        "attack",
+        "bands",
+        "bands",
+        "capture",
+        "claim",
+        "data",
+        "defense",
+        "errors",
+        "files",
+        "finding",
+        "model",
+        "progress",
+        "recipe",
+        "records",
+    ),
     *("registry", "scenario", "seeds", "site", "state", "task", "threat", "truth", "witness"),
 }
 FLOWER = ("flpriv/defense.py", "flpriv/engine/", "flpriv/testing", "clients/app.py", "strategies/")

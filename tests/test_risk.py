@@ -17,7 +17,13 @@ def finding(goal: Goal, value: float | None, **changes: object) -> Finding:
 
 @pytest.mark.parametrize(
     ("value", "null", "level"),
-    [(1.0, 0.0, Level.CRITICAL), (0.5, 0.0, Level.CRITICAL), (0.2, 0.0, Level.HIGH), (0.05, 0.0, Level.MEDIUM), (0.0, 0.0, Level.NONE)],
+    [
+        (1.0, 0.0, Level.CRITICAL),
+        (0.5, 0.0, Level.CRITICAL),
+        (0.2, 0.0, Level.HIGH),
+        (0.05, 0.0, Level.MEDIUM),
+        (0.0, 0.0, Level.NONE),
+    ],
 )
 def test_reconstruction_levels(value: float, null: float, level: Level) -> None:
     assert judge(finding(Goal.RECONSTRUCTION, value, null=null)).level is level
@@ -69,7 +75,9 @@ def test_caveats_name_inactive_defences_failures_and_lost_replies() -> None:
     setting = SettingResult(
         id="none", defense="none", trap="", recipe="", rounds=1, utility=(), events=(Event(round=1, who="a", what="lost"),)
     )
-    found = caveats([judge(finding(Goal.MEMBERSHIP, 0.9, status="failed", message="boom"))], [setting], same_as_undefended=["top-k"])
+    found = caveats(
+        [judge(finding(Goal.MEMBERSHIP, 0.9, status="failed", message="boom"))], [setting], same_as_undefended=["top-k"]
+    )
     assert any("top-k" in line for line in found)
     assert any("boom" in line for line in found)
     assert any("1 replies" in line or "1 reply" in line for line in found)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -26,3 +27,15 @@ def run(scenario: Scenario, setting: Setting, *, folder: Path, resume: bool = Fa
     else:
         from flpriv.engine.inline import run as start
     start(scenario, setting, folder=folder, resume=resume)
+
+
+def check(scenario: Scenario) -> None:
+    """Make the scenario's strategy once, so that a wrong name or option is told before anything runs.
+
+    Raises:
+        ScenarioError: naming the strategy and the option.
+    """
+    from flpriv import data
+
+    build = importlib.import_module("flpriv.strategies.building").build_strategy
+    build(scenario.federation.strategy, scenario.federation.options, sites=len(data.sites(scenario)), files=scenario.plugins)
