@@ -64,7 +64,7 @@ _ROUND = re.compile(r"round-(\d{4,})")
 
 
 class StoredState(Mapping[str, Tensor]):
-    """A model state on disk, in the order it was written; each tensor is mapped into memory when it is asked for.
+    """A model state on disk, in the order it was written; each tensor is read when it is asked for, anew each time.
 
     Writing to a tensor changes neither the file nor what the next look-up gives.
 
@@ -81,7 +81,7 @@ class StoredState(Mapping[str, Tensor]):
         if key not in self.layout:
             raise KeyError(key)
         tensor: Tensor = self._file.get_tensor(key)
-        return tensor
+        return tensor.clone()
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.layout)
@@ -404,12 +404,13 @@ def _knowledge(folder: Path, what: Knowledge) -> Records | None:
     path = folder / f"{what}.json"
     if not path.exists():
         return None
-    stored, facts = StoredState(folder / f"{what}.safetensors"), read_json(path)
+    facts, tensors = read_json(path), folder / f"{what}.safetensors"
+    layout, mapped = _header(tensors), _open(tensors)
 
     def records() -> Records:
         attributes = {str(key): tuple(map(str, column)) for key, column in facts["attributes"].items()}
-        images, labels = stored["images"], stored["labels"]
-        if labels.dim() != 1 or {len(images), *map(len, attributes.values())} != {len(labels)}:
+        images, labels = mapped.get_tensor("images"), mapped.get_tensor("labels")
+        if len(layout["labels"][1]) != 1 or {len(images), *map(len, attributes.values())} != {len(labels)}:
             raise ValueError("columns of different length")
         return Records(images=images, labels=labels, attributes=attributes)
 
@@ -432,9 +433,7 @@ def _header(path: Path) -> dict[str, tuple[str, tuple[int, ...]]]:
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
         if length > _MAX_HEADER:
-            raise CaptureError(
-                f"{path}: header of {length} bytes, more than the {_MAX_HEADER >> 20} MiB allowed; this is no file of a capture"
-            )
+            raise CaptureError(f"{path}: a header of {length} bytes, more than the {_MAX_HEADER >> 20} MiB allowed; {_WAY_OUT}")
         raw = file.read(length)
     _open(path)
 
