@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import struct
-import zlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +16,6 @@ if TYPE_CHECKING:
     from pydicom import Dataset
 
 Array = NDArray[np.float32]
-_UNREADABLE = (OSError, SyntaxError, ValueError, EOFError, KeyError, AttributeError, NotImplementedError, RuntimeError)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,7 +56,9 @@ def decode(path: Path) -> Raw:
         raise DataError(f"{path}: unknown kind of image{near(path.suffix, _READERS)}")
     try:
         return (reader or _dicom)(path)
-    except (*_UNREADABLE, struct.error, zlib.error, MemoryError) as error:
+    except DataError:
+        raise
+    except Exception as error:  # decoders raise whatever their authors chose
         raise DataError(f"{path}: cannot be read as an image: {_first_line(error)}") from error
 
 
@@ -212,24 +211,33 @@ def _series(folder: Path) -> Raw:
     files = [file for file in sorted(folder.iterdir()) if file.is_file() and (file.suffix.lower() == ".dcm" or _is_dicom(file))]
     if not files:
         raise DataError(f"{folder}: an empty series: no DICOM file in the folder")
-    slices = [(file, _dataset(file)) for file in files]
+    try:
+        return _volume(folder, [(file, _dataset(file)) for file in files])
+    except DataError:
+        raise
+    except Exception as error:
+        raise DataError(f"{folder}: the series cannot be read: {_first_line(error)}") from error
+
+
+def _volume(folder: Path, slices: Sequence[tuple[Path, Dataset]]) -> Raw:
     orientation = _one_series(folder, slices)
     normal = np.cross(orientation[:3], orientation[3:])
-    placed = sorted((float(np.dot(normal, _numbers(file, d, "ImagePositionPatient", 3))), str(file), d) for file, d in slices)
-    step = _step(folder, [(at, name) for at, name, _ in placed], placed[0][2])
-    try:
-        values = np.stack([_rescaled(d) for _, _, d in placed])
-        shown, _ = _shown(placed[0][2], values[0])
-    except _UNREADABLE as error:
-        raise DataError(f"{folder}: a slice cannot be decoded: {_first_line(error)}") from error
-    rows, columns = _numbers(Path(placed[0][1]), placed[0][2], "PixelSpacing", 2)
-    to_ras = np.diag([-1.0, -1.0, 1.0, 1.0])
+    heights = [float(np.dot(normal, _numbers(file, d, "ImagePositionPatient", 3))) for file, d in slices]
+    order = sorted(range(len(slices)), key=heights.__getitem__)
+    first_file, first = slices[order[0]]
+    step = _step(folder, [(heights[at], slices[at][0]) for at in order], first)
+    values = np.stack([_rescaled(slices[at][1]) for at in order])
+    rows, columns = _numbers(first_file, first, "PixelSpacing", 2)
     affine = np.eye(4)
     affine[:3, 0], affine[:3, 1], affine[:3, 2] = orientation[:3] * columns, orientation[3:] * rows, normal * step
-    canonical, spacing = _canonical(values.transpose(2, 1, 0), to_ras @ affine)
-    first = placed[0][2]
-    inverted = first.get("PhotometricInterpretation", "") == "MONOCHROME1"
-    return Raw(values=canonical, shown=shown, spacing=spacing, inverted=inverted, hounsfield=_is_ct(first))
+    canonical, spacing = _canonical(values.transpose(2, 1, 0), np.diag([-1.0, -1.0, 1.0, 1.0]) @ affine)
+    return Raw(
+        values=canonical,
+        shown=_shown(first, values[0])[0],
+        spacing=spacing,
+        inverted=first.get("PhotometricInterpretation", "") == "MONOCHROME1",
+        hounsfield=_is_ct(first),
+    )
 
 
 def _one_series(folder: Path, slices: Sequence[tuple[Path, Dataset]]) -> NDArray[np.float64]:
@@ -253,7 +261,7 @@ def _one_series(folder: Path, slices: Sequence[tuple[Path, Dataset]]) -> NDArray
     return orientation
 
 
-def _step(folder: Path, placed: Sequence[tuple[float, str]], first: Dataset) -> float:
+def _step(folder: Path, placed: Sequence[tuple[float, Path]], first: Dataset) -> float:
     """Millimetres from slice to slice.
 
     Raises:
@@ -267,9 +275,7 @@ def _step(folder: Path, placed: Sequence[tuple[float, str]], first: Dataset) -> 
         raise DataError(f"{placed[int(gaps.argmin()) + 1][1]}: a second slice at the same position; keep one of them")
     if gaps.max() > 1.5 * step:
         after = placed[int(gaps.argmax())]
-        raise DataError(
-            f"{folder}: a slice is missing after {Path(after[1]).name}: {gaps.max():.1f} mm apart, others {step:.1f} mm"
-        )
+        raise DataError(f"{folder}: a slice is missing after {after[1].name}: {gaps.max():.1f} mm apart, others {step:.1f} mm")
     return step
 
 
