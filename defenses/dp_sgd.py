@@ -18,7 +18,7 @@ from flpriv.errors import ScenarioError
 
 
 @dataclass(frozen=True, kw_only=True)
-class DpSgdDefense(Defense):
+class DPSGD(Defense):
     """Clip each record's gradient, add Gaussian noise to their sum, draw batches at random; ε is kept per site (Opacus).
 
     The federation agrees on a model without BatchNorm (GroupNorm takes its place) and without in-place layers. ε after each

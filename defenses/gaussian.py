@@ -15,7 +15,7 @@ from flpriv.state import State, norm
 
 
 @dataclass(frozen=True, kw_only=True)
-class GaussianDefense(Defense):
+class Gaussian(Defense):
     """Clip the whole update to a Euclidean norm, then add Gaussian noise in proportion to it.
 
     ``Δ·min(1, C/‖Δ‖) + N(0, (z·C)²)`` over all parameters together. With ``noise_multiplier=0`` it only clips, and with

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -14,6 +12,7 @@ import torch
 
 from flpriv.defense import Local
 from flpriv.errors import RunError
+from flpriv.files import private_folder, write_private
 from flpriv.state import State
 
 Accountant = Literal["rdp", "prv"]
@@ -54,9 +53,9 @@ def spend(local: Local, *, ledger: str, key: str, noise_multiplier: float, sampl
     entry = (noise_multiplier, sample_rate, steps)
     if local.folder is None:
         return Spent(history=(entry,) * max(local.round, 1))
-    file = local.folder / f"privacy-{ledger}.json"
+    file = private_folder(local.folder) / f"privacy-{ledger}.json"
     entries = {**_read(file), f"round-{local.round:04d}-{key}": entry}
-    _write(file, entries)
+    write_private(file, json.dumps(entries, indent=1).encode())
     return Spent(history=tuple(entries[name] for name in sorted(entries)))
 
 
@@ -77,10 +76,3 @@ def _read(file: Path) -> dict[str, tuple[float, float, int]]:
         raise RunError(
             f"{file}: not a privacy ledger ({error}); restore it, or move it away to start the account anew"
         ) from error
-
-
-def _write(file: Path, entries: Mapping[str, tuple[float, float, int]]) -> None:
-    file.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-    fresh = file.with_suffix(f".{os.getpid()}.tmp")
-    fresh.write_text(json.dumps(entries, indent=1), encoding="utf-8")
-    fresh.replace(file)

@@ -15,7 +15,7 @@ from flpriv.state import State
 
 
 @dataclass(frozen=True, kw_only=True)
-class TopKDefense(Defense):
+class TopK(Defense):
     """Keep the largest ``keep`` share of each tensor's entries by absolute value and send zero for the rest.
 
     Of n entries ⌈n·keep⌉ stay, exactly as they were. It saves bytes and blurs inversion; it hides nothing from an attack

@@ -12,7 +12,7 @@ from opacus.accountants import PRVAccountant, RDPAccountant
 from torch import nn
 from torch.nn.functional import cross_entropy
 
-from flpriv.defenses.dp_sgd import DpSgdDefense
+from flpriv.defenses.dp_sgd import DPSGD
 from flpriv.errors import RunError, ScenarioError
 
 from .conftest import Loops, Surroundings, train
@@ -24,12 +24,12 @@ def small(*, norm: bool = False) -> nn.Module:
     return nn.Sequential(nn.Conv2d(1, 4, 3, padding=1), *middle, nn.ReLU(inplace=True), nn.Flatten(), nn.Linear(256, 2))
 
 
-def agreed(defense: DpSgdDefense) -> nn.Module:
+def agreed(defense: DPSGD) -> nn.Module:
     return defense.architecture(small())
 
 
 def test_without_noise_and_with_a_large_norm_it_is_plain_training(loop: Loops, local: Surroundings) -> None:
-    defense = DpSgdDefense(noise_multiplier=0, max_grad_norm=1e6, poisson=False)
+    defense = DPSGD(noise_multiplier=0, max_grad_norm=1e6, poisson=False)
     model = agreed(defense)
     plain = loop(copy.deepcopy(model))
     private = defense.prepare(loop(model), local=local())
@@ -40,7 +40,7 @@ def test_without_noise_and_with_a_large_norm_it_is_plain_training(loop: Loops, l
 
 
 def test_one_step_is_the_clipped_sum_over_the_expected_batch(loop: Loops, local: Surroundings) -> None:
-    defense = DpSgdDefense(noise_multiplier=0, max_grad_norm=0.05, poisson=False)
+    defense = DPSGD(noise_multiplier=0, max_grad_norm=0.05, poisson=False)
     model = agreed(defense)
     before = copy.deepcopy(model)
     private = defense.prepare(loop(model, records=4), local=local())
@@ -58,7 +58,7 @@ def test_one_step_is_the_clipped_sum_over_the_expected_batch(loop: Loops, local:
 
 
 def test_noise_has_the_stated_scale(loop: Loops, local: Surroundings) -> None:
-    defense = DpSgdDefense(noise_multiplier=2.0, max_grad_norm=1e-6, poisson=False)
+    defense = DPSGD(noise_multiplier=2.0, max_grad_norm=1e-6, poisson=False)
     model = agreed(defense)
     before = copy.deepcopy(model)
     list(train(defense.prepare(loop(model, records=4, lr=1.0), local=local())))
@@ -69,7 +69,7 @@ def test_noise_has_the_stated_scale(loop: Loops, local: Surroundings) -> None:
 def test_epsilon_is_opacus_own_across_rounds_and_a_restart(loop: Loops, local: Surroundings, tmp_path: Path) -> None:
     books = RDPAccountant()
     for number in (1, 2, 3):
-        defense = DpSgdDefense(noise_multiplier=1.1)
+        defense = DPSGD(noise_multiplier=1.1)
         here = local(number, seed=number)
         list(train(defense.prepare(loop(agreed(defense)), local=here)))
         for _ in range(6):
@@ -79,7 +79,7 @@ def test_epsilon_is_opacus_own_across_rounds_and_a_restart(loop: Loops, local: S
 
 
 def test_prv_accountant(loop: Loops, local: Surroundings) -> None:
-    defense = DpSgdDefense(noise_multiplier=2.0, accountant="prv")
+    defense = DPSGD(noise_multiplier=2.0, accountant="prv")
     here = local()
     list(train(defense.prepare(loop(agreed(defense)), local=here)))
     books = PRVAccountant()
@@ -88,7 +88,7 @@ def test_prv_accountant(loop: Loops, local: Surroundings) -> None:
 
 
 def test_a_redone_round_counts_once_and_another_model_in_it_again(loop: Loops, local: Surroundings) -> None:
-    defense = DpSgdDefense()
+    defense = DPSGD()
 
     def spent(model: nn.Module) -> float:
         here = local(1)
@@ -103,7 +103,7 @@ def test_a_redone_round_counts_once_and_another_model_in_it_again(loop: Loops, l
 
 
 def test_without_a_folder_every_round_counts_as_this_one(loop: Loops, local: Surroundings) -> None:
-    defense = DpSgdDefense()
+    defense = DPSGD()
     here = local(3, folder=None)
     list(train(defense.prepare(loop(agreed(defense)), local=here)))
     books = RDPAccountant()
@@ -113,20 +113,20 @@ def test_without_a_folder_every_round_counts_as_this_one(loop: Loops, local: Sur
 
 def test_a_broken_ledger_stops_the_round(loop: Loops, local: Surroundings, tmp_path: Path) -> None:
     (tmp_path / "privacy-dp-sgd.json").write_text("{")
-    defense = DpSgdDefense()
+    defense = DPSGD()
     with pytest.raises(RunError, match=r"privacy-dp-sgd\.json"):
         list(train(defense.prepare(loop(agreed(defense)), local=local())))
 
 
 def test_zero_noise_claims_nothing(loop: Loops, local: Surroundings) -> None:
-    defense = DpSgdDefense(noise_multiplier=0)
+    defense = DPSGD(noise_multiplier=0)
     here = local()
     list(train(defense.prepare(loop(agreed(defense)), local=here)))
     assert "epsilon" not in here.notes and "none" in str(here.notes["privacy"])
 
 
 def test_poisson_draws_vary_and_empty_batches_are_stepped_on(loop: Loops, local: Surroundings) -> None:
-    defense = DpSgdDefense(noise_multiplier=1.0)
+    defense = DPSGD(noise_multiplier=1.0)
     model = agreed(defense)
     private = defense.prepare(loop(model, records=40, batch=1), local=local())
     sizes, moved = [], []
@@ -142,7 +142,7 @@ def test_poisson_draws_vary_and_empty_batches_are_stepped_on(loop: Loops, local:
 
 
 def test_the_model_comes_back_bare_and_the_run_is_seeded(loop: Loops, local: Surroundings) -> None:
-    defense = DpSgdDefense()
+    defense = DPSGD()
     states: list[torch.Tensor] = []
     for seed in (1, 1, 2):
         model = agreed(defense)
@@ -159,7 +159,7 @@ def test_the_model_comes_back_bare_and_the_run_is_seeded(loop: Loops, local: Sur
 
 
 def test_eval_mode_recipes_train_too(loop: Loops, local: Surroundings) -> None:
-    defense = DpSgdDefense()
+    defense = DPSGD()
     torch.manual_seed(0)
     model = nn.Sequential(nn.Flatten(), nn.Linear(64, 8), nn.Dropout(0.5), nn.Linear(8, 2))
     still = loop(model)
@@ -170,7 +170,7 @@ def test_eval_mode_recipes_train_too(loop: Loops, local: Surroundings) -> None:
 
 
 def test_architecture_replaces_batch_norm_and_an_unagreed_model_is_refused(loop: Loops, local: Surroundings) -> None:
-    defense = DpSgdDefense()
+    defense = DPSGD()
     fixed = defense.architecture(small(norm=True))
     assert isinstance(fixed[1], nn.GroupNorm) and not fixed[2].inplace  # type: ignore[index]
     list(train(defense.prepare(loop(fixed), local=local())))
