@@ -31,7 +31,7 @@ lint: install
 	@$(BIN)/ruff format --check .
 
 types: install
-	@$(BIN)/mypy
+	@$(BIN)/mypy flpriv tests $(wildcard examples/*.py)
 
 benchmarks: install
 	@for file in tests/benchmarks/*.py; do OMP_NUM_THREADS=1 $(BIN)/python $$file || exit; done
