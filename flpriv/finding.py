@@ -12,7 +12,6 @@ from numpy.typing import NDArray
 
 from flpriv.claim import Goal
 
-
 Status = Literal["ok", "failed", "refused", "not granted"]
 
 

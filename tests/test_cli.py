@@ -81,7 +81,7 @@ def manifest(folder: Path, *, rows: list[dict[str, str]], image: bytes | None = 
     source = "manifest"
     root = "{folder}"
     size = 16
-    label = "finding"
+    columns = {{ label = "finding" }}
     classes = ["no", "yes"]
     [federation]
     rounds = 1
