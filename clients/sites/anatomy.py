@@ -311,11 +311,15 @@ class _Chest:
         self._paint(np.sqrt(squares) - radius, hu, box)
 
     def _box(self, center: Point, reach: Point) -> Box:
-        """The voxels within ``reach`` of ``center`` on each axis, and a margin for soft edges and the back's curve."""
+        """The voxels within ``reach`` of ``center`` on each axis, with room for soft edges and the back's curve."""
         found = []
+        ends = center[2] - reach[2], center[2] + reach[2]
+        bend = self._bend(np.array([*ends, np.clip(0, *ends)], dtype=np.float32))
         for axis, middle, wide in zip(self.axes, center[::-1], reach[::-1], strict=True):
-            spare = self.edge + (45 if axis is self.axes[1] else 0)
-            first, last = np.searchsorted(axis, (middle - wide - spare, middle + wide + spare))
+            low, high = middle - wide - self.edge, middle + wide + self.edge
+            if axis is self.axes[1]:
+                low, high = low + float(bend.min()), high + float(bend.max())
+            first, last = np.searchsorted(axis, (low, high))
             found.append(slice(int(first), int(last)))
         return found[0], found[1], found[2]
 
@@ -325,7 +329,9 @@ class _Chest:
     def _paint(self, outside: Array, hu: float | Array, box: Box | None = None, *, over: float | None = None) -> None:
         """Put ``hu`` where ``outside`` (mm to the surface) is negative; with ``over`` only onto tissue of at most that HU."""
         part = self.volume if box is None else self.volume[box]
-        share = np.clip(0.5 - outside / np.float32(self.edge), 0, 1, dtype=np.float32)
+        share = outside * np.float32(-1 / self.edge)
+        share += np.float32(0.5)
+        np.clip(share, 0, 1, out=share)
         if over is not None:
             share = share * (part <= over + 1)
         part += share * (hu - part)

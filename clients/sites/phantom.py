@@ -19,7 +19,7 @@ class PhantomSites(Sites):
     """Generated chest X-rays (2D) or CT volumes (3D) of hospitals that differ in equipment and patients.
 
     A patient is a 3D chest in Hounsfield units; an X-ray is its Beer–Lambert projection, so that both belong together. The task
-    is to find masses in the lungs.
+    is to find masses in the lungs; two in three patients who have them also have fluid at the lung's base.
 
     Args:
         sites: number of hospitals.
