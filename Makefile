@@ -34,4 +34,4 @@ types: install
 	@$(BIN)/mypy flpriv tests $(wildcard examples/*.py)
 
 benchmarks: install
-	@for file in tests/benchmarks/*.py; do OMP_NUM_THREADS=1 $(BIN)/python $$file || exit; done
+	@for file in $(filter-out tests/benchmarks/test_%,$(wildcard tests/benchmarks/*.py)); do OMP_NUM_THREADS=1 $(BIN)/python $$file || exit; done
