@@ -60,8 +60,9 @@ def ssim(a: Tensor, b: Tensor, *, sigma: float = 1.5, width: int = 11) -> Tensor
     """
     smallest = min(a.shape[2:])
     window = _gaussian(sigma, min(width, smallest - 1 + smallest % 2))
-    scores = [_ssim(one, two, window) for one, two in zip(torch.split(a, 8), torch.split(b, 8), strict=True)]
-    return torch.cat(scores) if scores else torch.zeros(0, dtype=torch.float64)
+    if not len(a):
+        return torch.zeros(0, dtype=torch.float64)
+    return torch.cat([_ssim(one, two, window) for one, two in zip(torch.split(a, 8), torch.split(b, 8), strict=True)])
 
 
 def _ssim(a: Tensor, b: Tensor, window: Tensor) -> Tensor:

@@ -132,7 +132,7 @@ def findings(claims: Sequence[Reconstruction], truth: Truth, new: Callable[..., 
     scored = _concat([_score(key, images, truth, guesses) for key, images in sorted(grouped.items(), key=str)])
     claimed = sum(len(images) for group in grouped.values() for images in group)
     caveats = _coverage(grouped, truth, claimed=claimed, originals=len(scored.site))
-    report = partial(_finding, patients=_count_patients(truth), source=guesses.source, new=new, seed=seed)
+    report = partial(_finding, patients=_count_patients(truth), guesses=guesses, new=new, seed=seed)
     found = [report(scored, site="", pairs=PAIRS, caveats=caveats)]
     for name in sorted(set(scored.site) - {""}):
         here = scored.take([row for row, site in enumerate(scored.site) if site == name])
@@ -254,12 +254,13 @@ def _finding(
     site: str,
     pairs: int,
     patients: int,
-    source: str,
+    guesses: Guesses,
     new: Callable[..., Finding],
     seed: int,
     caveats: Sequence[str] = (),
 ) -> Finding:
-    best_guess = f"best of {GUESSES} {source}"
+    source = guesses.source
+    best_guess = f"best of {len(guesses.images)} {source}"
     mean_image = "mean public image" if source == "public images" else "mean image"
     n = len(scored.site)
 
