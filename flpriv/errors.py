@@ -30,6 +30,10 @@ class UpdateError(FlprivError):
     """A client's update cannot be used: NaN or infinite values, other keys or shapes than were sent."""
 
 
+class ClaimError(FlprivError):
+    """An attack's claim cannot be measured: a wrong number of scores, another image shape, NaN."""
+
+
 class RunError(FlprivError):
     """A federation could not be run to its end."""
 

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import ConfigDict, Field
-from typing import Annotated
 
 
 @dataclass(frozen=True, kw_only=True)
