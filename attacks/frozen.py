@@ -25,7 +25,11 @@ def frozen(task: Task, state: State, *, who: str) -> nn.Module:
 
 @torch.inference_mode()
 def losses(model: nn.Module, records: Records, *, chunk: int = 64) -> Tensor:
-    """Cross-entropy of ``model`` on each record: ``(N,)`` float64 on the CPU; the softmax is taken in float64."""
+    """Cross-entropy of ``model`` on each record: ``(N,)`` float64 on the CPU.
+
+    Taken in float64 as ``log(1 + exp(logsumexp of the other logits - own logit))``, which tells certain predictions apart too.
+    """
     device = next(model.parameters()).device
-    logits = torch.cat([model(images.to(device)).cpu() for images in torch.split(records.images, chunk)])
-    return functional.cross_entropy(logits.double(), records.labels, reduction="none")
+    logits = torch.cat([model(images.to(device)).cpu() for images in torch.split(records.images, chunk)]).double()
+    own = functional.one_hot(records.labels, logits.shape[1]).bool()
+    return functional.softplus(logits.masked_fill(own, -torch.inf).logsumexp(1) - logits[own])
