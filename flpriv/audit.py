@@ -198,7 +198,7 @@ def _attack(scenario: Scenario, setting: Setting, spec: AttackSpec, where: Path,
     start = time.perf_counter()
     try:
         made: Attack = create("attacks", spec.attack, spec.options, files=scenario.plugins)
-        capture = open_capture(where / "capture")
+        capture = open_capture(where / "capture", task=data.task(scenario, setting.defenses))
         refusals = [event.what for event in events if "refus" in event.what]
         delivered = [o for o in capture.observations if o.trap == setting.trap]
         if setting.trap and not delivered and refusals:
@@ -365,12 +365,18 @@ def not_granted(verdict: Verdict) -> tuple[str, ...]:
 
 
 def _inactive(scenario: Scenario, folder: RunFolder) -> list[str]:
-    """Defences under which the shared federation ended with the very weights of the undefended one."""
-    finals = {s.defense: folder.setting(s) / "final.safetensors" for s in scenario.settings() if s.id == s.defense}
-    bare = finals.pop(UNDEFENDED, None)
-    if bare is None:
+    """Defences under which the shared federation ended with the very weights of the undefended one, though they act on them."""
+    known = plugins("defenses", files=scenario.plugins)
+    shared = {s.defense: folder.setting(s) / "final.safetensors" for s in scenario.settings() if s.id == s.defense}
+    if UNDEFENDED not in shared:
         return []
-    return [label for label, file in finals.items() if file.read_bytes() == bare.read_bytes()]
+    bare = shared.pop(UNDEFENDED).read_bytes()
+    return [
+        stack
+        for stack, final in shared.items()
+        if any(known[scenario.defense(label).defense].load().acts_on != "received" for label in stack.split("+"))
+        and final.read_bytes() == bare
+    ]
 
 
 def _methods(scenario: Scenario) -> dict[str, tuple[str, str]]:

@@ -76,13 +76,19 @@ def caveats(
         if setting.events:
             lost = f"{len(setting.events)} replies were lost, refused or unusable"
             found.append(f"In the federation '{setting.id}' {lost}; see its events.")
-    traps = {s.id: s.trap for s in settings}
-    plain = [f for f in findings if f.defense == "none" and not f.site and f.goal is Goal.RECONSTRUCTION and f.headline]
-    active = [f.headline.value for f in plain if f.headline and f.headline.value is not None and traps.get(f.setting)]
-    passive = [f.headline.value for f in plain if f.headline and f.headline.value is not None and not traps.get(f.setting)]
-    if active and passive and max(passive) > max(active):
-        found.append("A passive attack recovers more than the active one; the active attack may be badly tuned for these images.")
+    if _passive_beats_active(findings, settings):
+        found.append(
+            "A passive attack surely recovers more than the active one; the active one may be badly tuned for these images."
+        )
     return found
+
+
+def _passive_beats_active(findings: Sequence[Finding], settings: Sequence[SettingResult]) -> bool:
+    traps = {setting.id: setting.trap for setting in settings}
+    plain = [f for f in findings if f.defense == "none" and not f.site and f.goal is Goal.RECONSTRUCTION and f.headline]
+    active = [f.headline.high for f in plain if f.headline and f.headline.high is not None and traps.get(f.setting)]
+    passive = [f.headline.low for f in plain if f.headline and f.headline.low is not None and not traps.get(f.setting)]
+    return bool(active and passive) and max(passive) > max(active)
 
 
 def _reconstruction(finding: Finding, headline: Metric, value: float) -> Rule:
@@ -120,7 +126,7 @@ def _attribute(finding: Finding, headline: Metric, value: float) -> Rule:
         return Level.MEDIUM, "surely 10 points or more above the best baseline"
     if lift > 0:
         return Level.LOW, "surely above the best baseline"
-    return Level.NONE, "not distinguishable from the best baseline"
+    return Level.NONE, "not distinguishable from the best baseline: the model adds nothing to it"
 
 
 def _privacy_bound(finding: Finding, headline: Metric, value: float) -> Rule:
@@ -134,8 +140,15 @@ def _privacy_bound(finding: Finding, headline: Metric, value: float) -> Rule:
 def _says(finding: Finding) -> str:
     metric = finding.headline
     assert metric is not None and metric.value is not None
-    null = f", against {_number(metric, metric.null)} for {metric.null_name}" if metric.null is not None else ""
-    return f"'{finding.attack}' reaches {metric.name} {_number(metric, metric.value)}{null}"
+    value = _number(metric, metric.value)
+    what = {
+        Goal.RECONSTRUCTION: f"rebuilds {value} of the attacked images ({metric.name.removeprefix('fraction at ')})",
+        Goal.MEMBERSHIP: f"tells who took part with an {metric.name} of {value}",
+        Goal.ATTRIBUTE: f"guesses right for {value} of held-out images",
+        Goal.PRIVACY_BOUND: f"measures {metric.name} {value}",
+    }[finding.goal]
+    null = f"; {metric.null_name}: {_number(metric, metric.null)}" if metric.null is not None else ""
+    return f"'{finding.attack}' {what}{null}"
 
 
 def _number(metric: Metric, value: float) -> str:

@@ -248,10 +248,12 @@ def _scatters(verdict: Verdict, id: str) -> list[Scatter]:
 
 
 def _doubts(findings: Sequence[Finding]) -> list[tuple[str, tuple[str, ...]]]:
-    """The caveats of single findings: each with the attacks, defences and sites it touches."""
+    """The caveats of the findings over all sites: each with the attacks and defences it touches."""
     found: dict[str, list[str]] = {}
     for finding in findings:
-        where = f"{finding.attack}, {defense_name(finding.defense)}" + (f", {finding.site}" if finding.site else "")
+        if finding.site:
+            continue
+        where = f"{finding.attack}, {defense_name(finding.defense)}"
         for caveat in finding.caveats:
             found.setdefault(caveat, []).append(where)
     return [(caveat, tuple(where)) for caveat, where in found.items()]
