@@ -103,17 +103,25 @@ def findings(claims: Sequence[Membership], truth: Truth, new: Callable[..., Find
         federation = np.max([_standard(scores) for scores in nodes.values()], axis=0)
     known = truth.candidates
     patients = np.asarray(known.patients if known and known.patients else [str(i) for i in range(len(member))])
-    found = [_finding(federation, member, patients, new, site="")]
+    labels = known.labels.numpy() if known else np.zeros(len(member), dtype=np.int64)
+    found = [_finding(federation, member, labels, patients, new, site="")]
     site = np.asarray(known.attributes.get("site", ()) if known else ())
     own = {truth.site_of[node]: scores for node, scores in nodes.items() if node in truth.site_of}
     for name in sorted(set(site.tolist()) - {""}):
         here = site == name
-        found.append(_finding(own.get(name, federation)[here], member[here], patients[here], new, site=name))
+        scores = own.get(name, federation)[here]
+        found.append(_finding(scores, member[here], labels[here], patients[here], new, site=name))
     return found
 
 
 def _finding(
-    scores: Floats, member: NDArray[np.bool_], patients: NDArray[np.str_], new: Callable[..., Finding], *, site: str
+    scores: Floats,
+    member: NDArray[np.bool_],
+    labels: NDArray[np.int64],
+    patients: NDArray[np.str_],
+    new: Callable[..., Finding],
+    *,
+    site: str,
 ) -> Finding:
     hits, misses = int(member.sum()), int((~member).sum())
     n = hits + misses
@@ -147,10 +155,22 @@ def _finding(
     caveats = []
     if min(hits, misses) < FEW:
         caveats.append(f"Only {hits} members and {misses} non-members: guessing alone gives an AUC of 0.5 ± {2 * error:.2f}.")
+    if _labels_differ(labels, member):
+        caveats.append(
+            "Members and non-members differ in their class shares: part of the AUC, in either direction, may be the label."
+        )
     if len(set(patients.tolist())) < n:
         caveats.append("Some patients have several images: the intervals of the true positive rates take images as independent.")
     rates = tuple(_low_fpr(curve, fpr, needed, hits, misses) for fpr, needed in LOW_FPR)
     return new(site=site, headline=headline, metrics=(headline, *rates, balanced), roc=curve, caveats=tuple(caveats))
+
+
+def _labels_differ(labels: NDArray[np.int64], member: NDArray[np.bool_]) -> bool:
+    """Whether class shares of the two sides differ by more than chance, chi-squared at 1 %."""
+    from scipy.stats import chi2_contingency
+
+    counts = np.array([[np.sum(labels[side] == c) for c in np.unique(labels)] for side in (member, ~member)])
+    return counts.shape[1] > 1 and float(chi2_contingency(counts).pvalue) < 0.01
 
 
 def _low_fpr(curve: Roc, fpr: float, needed: int, hits: int, misses: int) -> Metric:

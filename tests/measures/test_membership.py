@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -239,6 +240,17 @@ def test_few_candidates_and_several_images_a_patient_are_caveats() -> None:
     overall = judge([Membership(scores=torch.arange(20.0))], truth)[0]
     assert "Only 10 members and 10 non-members" in overall.caveats[0]
     assert "several images" in overall.caveats[1]
+
+
+@pytest.mark.parametrize(("share", "told"), [(0.5, False), (0.8, True)])
+def test_a_label_that_tells_members_is_a_caveat(share: float, told: bool) -> None:
+    members = np.array([True, False] * 200)
+    truth = truth_of(members, ["a"] * 400)
+    assert truth.candidates is not None
+    rng = np.random.default_rng(0)
+    labels = torch.from_numpy((rng.random(400) < np.where(members, share, 0.5)).astype(np.int64))
+    overall = judge([Membership(scores=labels.double())], replace(truth, candidates=replace(truth.candidates, labels=labels)))[0]
+    assert any("class shares" in caveat for caveat in overall.caveats) == told
 
 
 @pytest.mark.parametrize(
