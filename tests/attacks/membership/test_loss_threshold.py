@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from flpriv.attacks.membership.loss import LossThreshold
+from flpriv.attacks.membership.loss_threshold import LossThreshold
 from flpriv.capture import Capture
 from flpriv.claim import Membership
 from flpriv.errors import CaptureError, ThreatError, UpdateError
