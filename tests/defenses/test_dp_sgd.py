@@ -14,6 +14,7 @@ from torch.nn.functional import cross_entropy
 
 from flpriv.defenses.dp_sgd import DPSGD
 from flpriv.errors import RunError, ScenarioError
+from flpriv.task import Task
 
 from .conftest import Loops, Surroundings, train
 
@@ -176,3 +177,24 @@ def test_architecture_replaces_batch_norm_and_an_unagreed_model_is_refused(loop:
     list(train(defense.prepare(loop(fixed), local=local())))
     with pytest.raises(ScenarioError, match=r"layer '1' \(BatchNorm2d\)"):
         defense.prepare(loop(small(norm=True)), local=local())
+
+
+@pytest.mark.parametrize(
+    ("model", "options", "side"),
+    [("cnn", {}, 16), ("lenet", {}, 16), ("resnet18", {"widen": 0.25}, 16), ("densenet121", {"dropout": 0.1}, 32)],
+)
+@pytest.mark.parametrize("dims", [2, 3])
+def test_the_shipped_models_train(
+    model: str, options: dict[str, float], side: int, dims: int, loop: Loops, local: Surroundings
+) -> None:
+    shape = (1, *[side] * dims)
+    agreed = Task(
+        modality="ct", shape=shape, classes=("a", "b"), model=model, options=options, mean=0.5, std=0.2, changes=(("dp-sgd", {}),)
+    )
+    built = agreed.build()
+    before = {key: value.clone() for key, value in built.state_dict().items()}
+    list(train(DPSGD().prepare(loop(built, shape=shape, records=4, batch=2), local=local())))
+    after = built.state_dict()
+    assert list(after) == list(before)
+    assert all(torch.isfinite(value).all() for value in after.values())
+    assert any(not torch.equal(after[key], before[key]) for key in before)

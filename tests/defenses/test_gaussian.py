@@ -30,9 +30,7 @@ def test_clipping_scales_all_layers_together(local: Surroundings) -> None:
 def test_a_short_update_is_not_touched_without_noise(local: Surroundings) -> None:
     before = update(1e-4)
     assert Gaussian(max_grad_norm=1.0, noise_multiplier=0).protect(before, local=local()) is before
-    assert (
-        Gaussian(max_grad_norm=float("inf"), noise_multiplier=0).protect(update(), local=local()).keys() == before.keys()
-    )
+    assert Gaussian(max_grad_norm=float("inf"), noise_multiplier=0).protect(update(), local=local()).keys() == before.keys()
 
 
 def test_noise_is_normal_with_deviation_z_times_c(local: Surroundings) -> None:
