@@ -79,8 +79,9 @@ class Refusal:
 class Defense(ABC):
     """A defence: a frozen dataclass whose fields are its options. A plugin overrides the hooks it needs.
 
-    An instance is a Flower mod: ``ClientApp(mods=[TopK(keep=0.01)])`` protects any app's updates (the ``prepare`` hook needs
-    flpriv's own loop). It acts on training messages alone, and on parameters, never on counters or running statistics.
+    An instance is a Flower mod: ``ClientApp(mods=[TopK(keep=0.01)])`` protects any app's updates (what acts on ``"loop"`` or
+    ``"data"`` needs flpriv's own loop). It acts on training messages alone, and on parameters, never on counters or running
+    statistics.
 
     Class attributes: ``name`` (as in scenarios), ``acts_on``, ``paper``.
     """
@@ -108,7 +109,13 @@ class Defense(ABC):
         return update
 
     def __call__(self, message: Message, context: Context, call_next: CallNext) -> Message:
-        """The Flower mod."""
+        """The Flower mod.
+
+        A defence that acts inside local training cannot be reached from a mod: as one it answers with an error, so that nobody
+        takes it for protection.
+        """
+        if self.acts_on in ("loop", "data") and message.metadata.message_type.split(".")[0] == "train":
+            return _refused(message, f"{self.name}: acts inside local training, where no mod reaches; use flpriv's own ClientApp")
         return guard((self,), message, context, call_next, local=_anywhere(message, context, self))
 
 

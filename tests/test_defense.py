@@ -13,6 +13,7 @@ from flwr.clientapp import ClientApp
 from torch import Tensor
 
 from flpriv.defense import Defense, Local, Refusal, guard
+from flpriv.defenses.dp_sgd import DPSGD
 from flpriv.defenses.gaussian import Gaussian
 from flpriv.engine.inline import run_apps
 from flpriv.state import State
@@ -135,3 +136,8 @@ def test_noise_in_a_foreign_app_is_not_computable_by_the_server() -> None:
     assert not torch.equal(state(talk(noise))["w"], state(talk(noise))["w"])
     own = [state(talk(noise, node_config={"defense-seed": seed}))["w"] for seed in (5, 5, 6)]
     assert torch.equal(own[0], own[1]) and not torch.equal(own[0], own[2])
+
+
+def test_what_acts_inside_training_is_no_mod() -> None:
+    reply = talk(DPSGD())
+    assert reply.has_error() and "acts inside local training" in str(reply.error.reason)

@@ -32,7 +32,8 @@ def check_defense(defense: Defense) -> None:
     It must be a frozen dataclass with documented options and name its paper; keep keys, shapes and dtypes of every update,
     a zero one included, and leave the one it is given unaltered; draw from its seed alone; accept an honest model; train
     through its own architecture to finite weights under unchanged keys; and, as a mod in a plain Flower ClientApp, leave
-    running statistics, counters, metrics, evaluation and error replies exactly as they are.
+    running statistics, counters, metrics, evaluation and error replies exactly as they are. One that acts on ``"loop"`` or
+    ``"data"`` must refuse to be a mod.
 
     Args:
         defense: with the options to check it with.
@@ -158,7 +159,16 @@ def _check_mod(defense: Defense) -> None:
     """The defence in ``ClientApp(mods=[defense])``, spoken to as a strategy would."""
     replies = _converse(defense)
     name, plain = defense.name, _returned()
+    evaluated = replies["evaluate"].content
+    require(
+        _equal(evaluated.array_records["arrays"].to_torch_state_dict(), plain)
+        and dict(evaluated.metric_records["metrics"]) == {"num-examples": 7, "loss": 0.25},
+        f"{name}: as a mod it must leave evaluation alone",
+    )
     trained = replies["train"]
+    if defense.acts_on in ("loop", "data"):
+        require(trained.has_error(), f"{name}: a mod cannot reach local training; it must say so and not let an update pass")
+        return
     require(
         trained.has_content(),
         f"{name}: as a mod it answers a training message with an error: {trained.error.reason if trained.has_error() else ''}",
@@ -170,12 +180,6 @@ def _check_mod(defense: Defense) -> None:
             require(same(back[key], value), f"{name}: as a mod it must leave running statistics and counters alone ({key})")
     metrics = dict(trained.content.metric_records["metrics"])
     require(metrics == {"num-examples": 7, "loss": 0.25}, f"{name}: as a mod it must leave the metrics alone")
-    evaluated = replies["evaluate"].content
-    require(
-        _equal(evaluated.array_records["arrays"].to_torch_state_dict(), plain)
-        and dict(evaluated.metric_records["metrics"]) == {"num-examples": 7, "loss": 0.25},
-        f"{name}: as a mod it must leave evaluation alone",
-    )
     failed = replies["train.failing"]
     require(
         failed.has_error() and (failed.error.code, failed.error.reason) == (7, "no data"),

@@ -138,6 +138,28 @@ class Everywhere(Sound):
 
 
 @faulty
+class Counting(Sound):
+    """Noises counters too."""
+
+    def __call__(self, message: Message, context: Context, call_next: CallNext) -> Message:
+        reply = super().__call__(message, context, call_next)
+        if reply.has_content() and message.metadata.message_type == "train":
+            state = reply.content.array_records["arrays"].to_torch_state_dict()
+            reply.content["arrays"] = ArrayRecord({key: value + 1 for key, value in state.items()})
+        return reply
+
+
+@faulty
+class Pretending(Sound):
+    """Acts on the loop and lets updates pass as a mod."""
+
+    acts_on: ClassVar[Literal["loop"]] = "loop"  # type: ignore[assignment]
+
+    def __call__(self, message: Message, context: Context, call_next: CallNext) -> Message:
+        return call_next(message, context)
+
+
+@faulty
 class Swallowing(Sound):
     """Rewrites error replies."""
 
@@ -163,7 +185,9 @@ def test_a_sound_defense_passes() -> None:
         (Blunting, "training changes nothing"),
         (Rowless, r"\(images, labels, rows\)"),
         (Widening, "shape of the logits"),
-        (Everywhere, "running statistics and counters"),
+        (Everywhere, "leave evaluation alone"),
+        (Counting, "running statistics and counters alone"),
+        (Pretending, "a mod cannot reach local training"),
         (Swallowing, "hand on error replies"),
     ],
 )
