@@ -67,6 +67,11 @@ from flpriv.strategies.server import app as installed_server
 client = installed_client
 server = installed_server
 '''
+REVIVE = """
+from flpriv.engine.simulation import revive_clients
+
+revive_clients()
+"""
 
 
 def run(scenario: Scenario, setting: Setting, *, folder: Path, resume: bool = False) -> None:
@@ -142,6 +147,17 @@ def run_app(
             raise RunError(f"{what}: the simulation ended as {status!r}:\n{_tail(log)}")
 
 
+def revive_clients() -> None:
+    """Have Ray start a client's process again when it dies; Flower's pool would hand the dead one every later message.
+
+    The message it died on is tried once more, and messages wait while the process starts; a client that dies again becomes an
+    error reply. Flower loads the app before it makes its pool of processes, so this is called by the app's own module.
+    """
+    from flwr.simulation.ray_transport.ray_actor import ClientAppActor
+
+    vars(ClientAppActor)["_default_options"].update(max_restarts=-1, max_task_retries=1)
+
+
 @dataclass(frozen=True, kw_only=True)
 class _Runtime:
     """A SuperLink of our own.
@@ -208,7 +224,7 @@ def _write_app(home: Path, source: str, run_config: Mapping[str, str | int]) -> 
     app = private_folder(home / NAME)
     config = "\n".join(f"{key} = {json.dumps(value)}" for key, value in run_config.items())
     write_private(app / "pyproject.toml", PROJECT.format(name=NAME, config=config).encode())
-    write_private(app / "flpriv_run.py", source.encode())
+    write_private(app / "flpriv_run.py", (source + REVIVE).encode())
     return app
 
 
