@@ -64,6 +64,9 @@ def marks_of(update: Mapping[str, Tensor], *, classes: int) -> Tensor:
 def recover(replay: Replay, observed: Sequence[Tensor], *, classes: int, guesses: Tensor, guessed: Tensor) -> Tensor:
     """The labels behind an update, ``(images,)`` int64, sorted.
 
+    One image's label is certain. Counts in a batch are estimates, best while the model is untrained and moves little in the
+    round; momentum makes them lean towards the labels of early steps, a balanced loss towards rare classes.
+
     Args:
         replay: of the site's round.
         observed: ``(W₀ - W_τ) / lr`` in the order of ``replay.start``.

@@ -16,14 +16,18 @@ def cosine(trial: Sequence[Tensor], observed: Sequence[Tensor]) -> Tensor:
 
     Blind to scale, hence to the learning rate and to clipping (Geiping et al. 2020, https://arxiv.org/abs/2003.14053).
     """
-    inner = _dot(trial, observed)
-    return 1 - inner / (_dot(trial, trial) * _dot(observed, observed)).sqrt().clamp_min(torch.finfo(inner.dtype).tiny)
+    return 1 - _dot(trial, observed) / (_norm(trial) * _norm(observed))
 
 
 def squared(trial: Sequence[Tensor], observed: Sequence[Tensor]) -> Tensor:
     """``|trial - observed|² / 2`` over all tensors together, ≥ 0 (Zhu et al. 2019, https://arxiv.org/abs/1906.08935)."""
     apart = [a - b for a, b in zip(trial, observed, strict=True)]
     return _dot(apart, apart) / 2
+
+
+def _norm(one: Sequence[Tensor]) -> Tensor:
+    square = _dot(one, one)
+    return square.clamp_min(torch.finfo(square.dtype).tiny).sqrt()
 
 
 def _dot(one: Sequence[Tensor], other: Sequence[Tensor]) -> Tensor:

@@ -56,7 +56,8 @@ class Layer:
         width = float(self.bias[0] - self.bias[-1]) / len(self.bias) if last else upper - lower
         along = float(self.weight[place].double() @ apart)
         if abs(gap) <= doubt:
-            return apart * (lower / along) if along else torch.zeros_like(apart), 1.0
+            edge = lower if place or last else upper
+            return apart * (edge / along) if along else torch.zeros_like(apart), 1.0
         seen = along / gap
         inside = min(max(seen, lower), upper)
         outside = max(0.0, abs(seen - inside) - abs(seen * doubt / gap)) / max(width, 1e-30)
