@@ -12,7 +12,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from flpriv import data, engine, risk, verdicts
+from flpriv import data, engine, jobs, risk, verdicts
 from flpriv import scenario as scenarios
 from flpriv.attack import Attack
 from flpriv.claims import Outcome, load_outcome, save_outcome
@@ -21,10 +21,9 @@ from flpriv.files import private_folder, write_private
 from flpriv.finding import Event, Finding, Level, SettingResult, SiteSummary, Verdict
 from flpriv.knowledge import Knowledge, gather, labels, truth
 from flpriv.measures import measure
-from flpriv.progress import tell
 from flpriv.recipe import LocalRecipe
 from flpriv.registry import create, plugins
-from flpriv.scenario import UNDEFENDED, AttackSpec, Scenario, Setting
+from flpriv.scenario import UNDEFENDED, Scenario, Setting
 from flpriv.seeds import derive
 from flpriv.store import open_capture, write_knowledge, write_labels
 from flpriv.threat import DESCRIPTIONS, Can
@@ -46,10 +45,6 @@ class RunFolder:
     def setting(self, setting: Setting) -> Path:
         """Where one federation lies."""
         return self.path / "settings" / setting.id
-
-    def outcome(self, setting: Setting, label: str) -> Path:
-        """Where the claims of one attack on one setting lie."""
-        return self.setting(setting) / "claims" / label
 
     @staticmethod
     def create(path: Path, scenario: Scenario, *, command: str, resume: bool) -> RunFolder:
@@ -103,10 +98,44 @@ class RunFolder:
         return found
 
 
-def run(scenario: Scenario, *, out: Path, resume: bool = False, command: str = "") -> Verdict:
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """One federation to run, or one attack on it: plain data, so that another process can do it.
+
+    Args:
+        scenario: the whole scenario.
+        setting: the federation.
+        folder: the setting's folder.
+        attack: label of the attack; empty to run the federation.
+        resume: go on with an interrupted federation.
+    """
+
+    scenario: Scenario
+    setting: Setting
+    folder: Path
+    attack: str = ""
+    resume: bool = False
+
+    def __str__(self) -> str:
+        return f"{self.attack} on {self.setting.id}" if self.attack else self.setting.id
+
+    @property
+    def outcome(self) -> Path:
+        """Where the attack's claims lie."""
+        return self.folder / "claims" / self.attack
+
+
+def run(scenario: Scenario, *, out: Path, resume: bool = False, command: str = "", workers: int = 1) -> Verdict:
     """Audit a federation from images to verdict; everything is kept under ``out``.
 
     Finished federations and attacks of an interrupted run are not repeated with ``resume``.
+
+    Args:
+        scenario: what to audit.
+        out: the run's folder.
+        resume: go on with the run in ``out``, if there is one.
+        command: the command line, for the report.
+        workers: processes that run federations and attacks side by side; a federation on Flower's simulation has its own.
 
     Raises:
         FlprivError: for anything the user can mend; a failing attack is a failed finding instead.
@@ -114,13 +143,25 @@ def run(scenario: Scenario, *, out: Path, resume: bool = False, command: str = "
     check(scenario)
     folder = RunFolder.create(out, scenario, command=command, resume=resume)
     knowledge = gather(scenario)
+    todo = [
+        Job(scenario=scenario, setting=setting, folder=private_folder(folder.setting(setting)), resume=resume)
+        for setting in scenario.settings()
+        if not (folder.setting(setting) / "result.json").is_file()
+    ]
+    side_by_side = workers if scenario.engine == "inline" else 1
+    jobs.run(_federate, todo, what="federations", name=str, workers=side_by_side)
     for setting in scenario.settings():
-        _federate(scenario, setting, folder, knowledge, resume=resume)
-    return attack(folder, scenario=scenario, knowledge=knowledge)
+        _inform(scenario, folder.setting(setting), knowledge)
+    return attack(folder, scenario=scenario, knowledge=knowledge, workers=workers)
 
 
 def attack(
-    folder: RunFolder, names: Sequence[str] = (), *, scenario: Scenario | None = None, knowledge: Knowledge | None = None
+    folder: RunFolder,
+    names: Sequence[str] = (),
+    *,
+    scenario: Scenario | None = None,
+    knowledge: Knowledge | None = None,
+    workers: int = 1,
 ) -> Verdict:
     """Attack stored captures: those attacks not done yet, and again those in ``names``; then measure and judge all.
 
@@ -132,26 +173,27 @@ def attack(
     knowledge = knowledge or gather(scenario)
     for name in names:
         scenario.attack(name)
-    findings: list[Finding] = []
-    results = []
     settings = scenario.settings()
     for setting in settings:
-        where = folder.setting(setting)
-        if not (where / "result.json").is_file():
-            raise RunError(
-                f"the federation {setting.id!r} has not finished; go on with: flpriv run … --out {folder.path} --resume"
-            )
-        witnesses = read_witnesses(where)
+        if not (folder.setting(setting) / "result.json").is_file():
+            again = f"flpriv run --resume --out {folder.path}"
+            raise RunError(f"the federation {setting.id!r} has not finished; go on with: {again}")
+    everything = [
+        Job(scenario=scenario, setting=setting, folder=folder.setting(setting), attack=label)
+        for setting in settings
+        for label in setting.attacks
+    ]
+    todo = [job for job in everything if job.attack in names or load_outcome(job.outcome) is None]
+    jobs.run(_attack, todo, what="attacks", name=str, workers=workers)
+    findings: list[Finding] = []
+    results = []
+    for setting in settings:
+        witnesses = read_witnesses(folder.setting(setting))
         facts = truth(scenario, knowledge, witnesses)
-        result = _result(scenario, setting, where, witnesses)
-        results.append(result)
-        for label in setting.attacks:
-            spec = scenario.attack(label)
-            outcome = None if label in names else load_outcome(folder.outcome(setting, label))
-            if outcome is None:
-                outcome = _attack(scenario, setting, spec, where, result.events)
-                save_outcome(folder.outcome(setting, label), outcome)
-            findings += _measure(scenario, setting, spec, outcome, facts)
+        results.append(_result(scenario, setting, folder.setting(setting), witnesses))
+        for job in everything:
+            if job.setting is setting:
+                findings += _measure(job, facts)
     verdict = _verdict(scenario, folder, findings, results)
     verdicts.save(verdict, folder.path)
     return verdict
@@ -179,76 +221,86 @@ def check(scenario: Scenario) -> None:
             )
 
 
-def _federate(scenario: Scenario, setting: Setting, folder: RunFolder, knowledge: Knowledge, *, resume: bool) -> None:
-    where = folder.setting(setting)
-    if not (where / "result.json").is_file():
-        engine.run(scenario, setting, folder=private_folder(where), resume=resume)
-    capture = where / "capture"
+def _federate(job: Job) -> None:
+    engine.run(job.scenario, job.setting, folder=job.folder, resume=job.resume)
+
+
+def _inform(scenario: Scenario, folder: Path, knowledge: Knowledge) -> None:
+    """Lay the adversary's side knowledge beside its capture, as far as the threat model grants it."""
+    capture = folder / "capture"
     if knowledge.public is not None:
         write_knowledge(capture, "public", knowledge.public)
     write_knowledge(capture, "candidates", knowledge.candidates)
     write_knowledge(capture, "exposed", knowledge.exposed)
-    write_labels(capture, labels(scenario, read_witnesses(where)))
+    write_labels(capture, labels(scenario, read_witnesses(folder)))
 
 
-def _attack(scenario: Scenario, setting: Setting, spec: AttackSpec, where: Path, events: Sequence[Event]) -> Outcome:
-    """Run one attack; whatever it raises becomes a failed outcome."""
-    what = f"{spec.label} on {setting.id}"
-    tell(what, 0, 1)
+def _attack(job: Job) -> None:
+    """Run one attack and store what came of it; whatever it raises becomes a failed outcome."""
     start = time.perf_counter()
     try:
-        made: Attack = create("attacks", spec.attack, spec.options, files=scenario.plugins)
-        capture = open_capture(where / "capture", task=data.task(scenario, setting.defenses))
-        refusals = [event.what for event in events if "refus" in event.what]
-        delivered = [o for o in capture.observations if o.trap == setting.trap]
-        if setting.trap and not delivered and refusals:
-            return Outcome(status="refused", message=refusals[0], seconds=time.perf_counter() - start)
-        if setting.trap:
-            capture = replace(capture, observations=tuple(delivered))
-        claims = made(capture, seed=derive(scenario.seed, "attack", spec.label))
+        outcome = _outcome(job)
     except ThreatError as error:
-        return Outcome(status="not granted", message=str(error))
+        outcome = Outcome(status="not granted", message=str(error))
     except Exception as error:
         message = str(error) if isinstance(error, FlprivError) else f"{type(error).__name__}: {error}"
-        return Outcome(status="failed", message=message, seconds=time.perf_counter() - start)
-    finally:
-        tell(what, 1, 1)
-    return Outcome(claims=claims, seconds=time.perf_counter() - start)
+        outcome = Outcome(status="failed", message=message)
+    save_outcome(job.outcome, replace(outcome, seconds=time.perf_counter() - start))
 
 
-def _measure(scenario: Scenario, setting: Setting, spec: AttackSpec, outcome: Outcome, facts: Truth) -> list[Finding]:
+def _outcome(job: Job) -> Outcome:
+    scenario, setting, spec = job.scenario, job.setting, job.scenario.attack(job.attack)
     made: Attack = create("attacks", spec.attack, spec.options, files=scenario.plugins)
+    capture = open_capture(job.folder / "capture", task=data.task(scenario, setting.defenses))
+    if setting.trap:
+        delivered = tuple(seen for seen in capture.observations if seen.trap == setting.trap)
+        refusals = [str(event["what"]) for event in _ran(job.folder)["events"] if "refused" in event["what"]]
+        if not delivered and refusals:
+            return Outcome(status="refused", message=refusals[0])
+        capture = replace(capture, observations=delivered)
+    claims = made(capture, seed=derive(scenario.seed, "attack", spec.label))
+    return Outcome(claims=claims) if claims else Outcome(status="failed", message="the attack made no claim")
+
+
+def _ran(folder: Path) -> dict[str, Any]:
+    """What the ServerApp wrote at the end of a federation."""
+    result: dict[str, Any] = json.loads((folder / "result.json").read_text(encoding="utf-8"))
+    return result
+
+
+def _measure(job: Job, facts: Truth) -> list[Finding]:
+    spec, outcome = job.scenario.attack(job.attack), load_outcome(job.outcome)
+    if outcome is None:
+        raise RunError(f"{job.outcome}: the attack left no outcome; attack again with: flpriv attack RUN_DIR {job.attack}")
+    made: Attack = create("attacks", spec.attack, spec.options, files=job.scenario.plugins)
     bare = Finding(
         attack=spec.label,
         name=spec.attack,
         goal=made.goal,
-        setting=setting.id,
-        defense=setting.defense,
+        setting=job.setting.id,
+        defense=job.setting.defense,
         status=outcome.status,
         message=outcome.message,
-        seconds=outcome.seconds,
     )
-    if outcome.status != "ok":
-        return [risk.judge(bare)]
-    if not outcome.claims:
-        return [risk.judge(replace(bare, status="failed", message="the attack made no claim"))]
-    try:
-        found = measure(
-            outcome.claims,
-            facts,
-            attack=spec.label,
-            name=spec.attack,
-            goal=made.goal,
-            setting=setting.id,
-            defense=setting.defense,
-        )
-    except FlprivError as error:
-        return [risk.judge(replace(bare, status="failed", message=str(error)))]
+    found = [bare]
+    if outcome.status == "ok":
+        try:
+            found = measure(
+                outcome.claims,
+                facts,
+                attack=bare.attack,
+                name=bare.name,
+                goal=bare.goal,
+                setting=bare.setting,
+                defense=bare.defense,
+            )
+        except FlprivError as error:
+            found = [replace(bare, status="failed", message=str(error))]
     return [risk.judge(replace(finding, seconds=outcome.seconds)) for finding in found]
 
 
 def _result(scenario: Scenario, setting: Setting, where: Path, witnesses: Sequence[Witness]) -> SettingResult:
-    ran = json.loads((where / "result.json").read_text(encoding="utf-8"))
+    ran = _ran(where)
     names = {witness.node: witness.site for witness in witnesses}
     events = tuple(Event(round=int(e["round"]), who=_named(e["who"], names), what=str(e["what"])) for e in ran.get("events", ()))
     epsilon: dict[str, float] = {}

@@ -30,6 +30,7 @@ app = typer.Typer(
 
 ScenarioPath = Annotated[Path, typer.Argument(help="Scenario (TOML), or 'demo' for the built-in one.")]
 Overrides = Annotated[list[str], typer.Option("--set", metavar="KEY=VALUE", help="Override a key of the scenario; repeatable.")]
+Workers = Annotated[int | None, typer.Option("--jobs", min=1, help="Processes side by side; one per core if not given.")]
 Redact = Annotated[bool, typer.Option("--redact-images", help="Leave all images out of the report.")]
 
 
@@ -80,11 +81,13 @@ def run(
     fail_above: Annotated[
         str | None, typer.Option(metavar="LEVEL", help="Exit 3 from this level on: low, medium, high, critical.")
     ] = None,
+    jobs: Workers = None,
     redact_images: Redact = False,
 ) -> None:
     """Run a federation, attack it, and write the report."""
     from flpriv import audit
     from flpriv.finding import Level
+    from flpriv.jobs import cores
 
     if fail_above is not None and fail_above not in LEVELS:
         raise ScenarioError(f"--fail-above {fail_above!r}{near(fail_above, LEVELS)}")
@@ -96,7 +99,7 @@ def run(
         out = out or _folder(chosen.name, resume=resume)
     command = shlex.join(["flpriv", *sys.argv[1:]])
     with _progress():
-        verdict = audit.run(chosen, out=out, resume=resume, command=command)
+        verdict = audit.run(chosen, out=out, resume=resume, command=command, workers=jobs or cores())
         page = _write([verdict], out / "report.html", redact_images)
     _summary(verdict, page)
     if audit.failed(verdict):
@@ -109,15 +112,19 @@ def run(
 def attack(
     run_dir: Annotated[Path, typer.Argument(help="Folder of a finished run.")],
     names: Annotated[list[str] | None, typer.Argument(help="Labels of the attacks to repeat; all if none is given.")] = None,
+    jobs: Workers = None,
     redact_images: Redact = False,
 ) -> None:
     """Attack a run's stored captures again, without training."""
     from flpriv import audit
+    from flpriv.jobs import cores
 
     folder = audit.RunFolder.open(run_dir)
     scenario = folder.scenario()
     with _progress():
-        verdict = audit.attack(folder, names or [spec.label for spec in scenario.attacks], scenario=scenario)
+        verdict = audit.attack(
+            folder, names or [spec.label for spec in scenario.attacks], scenario=scenario, workers=jobs or cores()
+        )
         page = _write([verdict], run_dir / "report.html", redact_images)
     _summary(verdict, page)
     if audit.failed(verdict):

@@ -58,7 +58,8 @@ def flpriv(*arguments: object, cwd: Path) -> Done:
     """Run a command as the console script does, in this process and in another folder."""
     out, err, code = io.StringIO(), io.StringIO(), 0
     before = sys.argv
-    sys.argv = ["flpriv", *map(str, arguments)]
+    here = ("--jobs", "1") if arguments[0] in ("run", "attack") else ()
+    sys.argv = ["flpriv", *map(str, arguments), *here]
     try:
         with contextlib.chdir(cwd), contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
             main()

@@ -1,0 +1,68 @@
+"""Independent pieces of work side by side: one process per core, results in the order they were asked for."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import threading
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from typing import TypeVar
+
+from flpriv.progress import tell
+
+T = TypeVar("T")
+R = TypeVar("R")
+
+
+def cores() -> int:
+    """How many cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def run(work: Callable[[T], R], items: Sequence[T], *, what: str, name: Callable[[T], str], workers: int = 1) -> list[R]:
+    """``[work(item) for item in items]``, by up to ``workers`` processes; in this one where that is 1 or there is one item.
+
+    Workers share the cores' threads evenly, and end when this process dies.
+
+    Args:
+        work: a function of a module, called with one item; what it raises is raised here, and nothing further is started.
+        items: plain data.
+        what: the whole, for progress.
+        name: of one item, for progress.
+        workers: at most this many processes.
+    """
+    workers = min(workers, len(items))
+    tell(what, 0, len(items))
+    if workers <= 1:
+        found = []
+        for done, item in enumerate(items):
+            found.append(work(item))
+            tell(what, done + 1, len(items), name(item))
+        return found
+    threads = max(1, cores() // workers)
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(workers, context, initializer=_start, initargs=(os.getpid(), threads)) as pool:
+        futures = {pool.submit(work, item): item for item in items}
+        try:
+            for done, future in enumerate(as_completed(futures)):
+                future.result()
+                tell(what, done + 1, len(items), name(futures[future]))
+        except BaseException:
+            pool.shutdown(wait=True, cancel_futures=True)
+            raise
+        return [future.result() for future in futures]
+
+
+def _start(parent: int, threads: int) -> None:
+    import torch
+
+    torch.set_num_threads(threads)
+    threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
+
+
+def _end_with(parent: int) -> None:
+    while os.getppid() == parent:
+        time.sleep(0.2)
+    os._exit(1)
