@@ -193,11 +193,14 @@ def test_real_xrays_come_back_at_30_db_on_average(federate: Make, xrays: Any, ps
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("lr", "least"), [(0.01, 35), (0.1, 17)])
+@pytest.mark.parametrize(("lr", "least"), [(0.01, 30), (0.1, 15)])
 def test_four_steps_on_real_xrays(federate: Make, xrays: Any, psnr: Make, lr: float, least: float) -> None:
-    """32×32 pixels, one image of each of four classes a step, labels and their order granted."""
-    records = xrays.private.take(range(4))
-    small = replace(records, images=torch.nn.functional.avg_pool2d(records.images, 2), labels=torch.arange(4))
-    done = federate(small, recipe=LocalRecipe(lr=lr, batch_size=1, steps=4, train_mode=False), classes=4, grant=KNOWN)
-    (claim,) = invert(done.capture, tv=0.001)
-    assert psnr(claim.images, done.used.images).mean() >= least
+    """32×32 pixels, one image of each of four classes a step, labels and their order granted; the mean of three updates."""
+    found = []
+    for update in range(3):
+        records = xrays.private.take(range(4 * update, 4 * update + 4))
+        small = replace(records, images=torch.nn.functional.avg_pool2d(records.images, 2), labels=torch.arange(4))
+        recipe = LocalRecipe(lr=lr, batch_size=1, steps=4, train_mode=False)
+        done = federate(small, recipe=recipe, classes=4, grant=KNOWN, seed=update)
+        found.append(psnr(invert(done.capture, seed=update)[0].images, done.used.images))
+    assert torch.cat(found).mean() >= least, found
