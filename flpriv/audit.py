@@ -254,7 +254,8 @@ def _outcome(job: Job) -> Outcome:
     capture = open_capture(job.folder / "capture", task=data.task(scenario, setting.defenses))
     if setting.trap:
         delivered = tuple(seen for seen in capture.observations if seen.trap == setting.trap)
-        refusals = [str(event["what"]) for event in _ran(job.folder)["events"] if "refused" in event["what"]]
+        events = [str(event["what"]) for event in _ran(job.folder)["events"]]
+        refusals = [what.removeprefix("refused: ") for what in events if what.startswith("refused: ")]
         if not delivered and refusals:
             return Outcome(status="refused", message=refusals[0])
         capture = replace(capture, observations=delivered)

@@ -80,4 +80,10 @@ def test_caveats_name_inactive_defences_failures_and_lost_replies() -> None:
     )
     assert any("top-k" in line for line in found)
     assert any("boom" in line for line in found)
-    assert any("1 replies" in line or "1 reply" in line for line in found)
+    assert any("1 reply was lost" in line for line in found)
+
+
+def test_a_refusal_is_no_caveat() -> None:
+    refused = (Event(round=1, who="a", what="refused: model-guard: no"),)
+    setting = SettingResult(id="none", defense="none", trap="", recipe="", rounds=1, utility=(), events=refused)
+    assert not caveats([], [setting])
