@@ -164,7 +164,7 @@ def list_plugins(
     for one in kinds if kind is None else (kind,):
         table = Table(title=one, title_justify="left", box=None, pad_edge=False, header_style="bold")
         for column in ("name", "what it does", "paper"):
-            table.add_column(column, no_wrap=column == "name")
+            table.add_column(column, no_wrap=column == "name", overflow="fold")
         for found in registry.plugins(one, files=plugin).values():
             table.add_row(found.name, Text(found.summary), Text(found.paper))
         Console().print(table, Text())

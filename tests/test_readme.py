@@ -12,6 +12,7 @@ import pytest
 from PIL import Image
 
 from flpriv import audit, data
+from flpriv.registry import Kind, plugins
 from flpriv.scenario import read
 
 README = (Path(__file__).resolve().parents[1] / "README.md").read_text(encoding="utf-8")
@@ -72,3 +73,18 @@ def test_files_and_links_of_the_readme_are_there() -> None:
     named = re.findall(r"\]\((?!http)([^)#]+)\)", README) + re.findall(r"^\| `(\w+/)` \|", README, flags=re.MULTILINE)
     assert named
     assert [name for name in named if not (root / name).exists()] == []
+
+
+@pytest.mark.parametrize("kind", ["attacks", "defenses"])
+def test_the_table_lists_what_is_registered(kind: Kind) -> None:
+    section = README.partition("## Attacks and defences")[2].partition("\n## ")[0]
+    head = {"attacks": "| attack |", "defenses": "| defence |"}[kind]
+    table = section.partition(head)[2].partition("\n\n")[0]
+    assert set(re.findall(r"^\| `([^`]+)` \|", table, flags=re.MULTILINE)) == set(plugins(kind))
+
+
+def test_the_two_commands_are_targets() -> None:
+    makefile = (Path(__file__).resolve().parents[1] / "Makefile").read_text(encoding="utf-8")
+    commands = re.findall(r"^    make (\w+)", README.partition("\n## ")[0], flags=re.MULTILINE)
+    assert commands == ["demo", "test"]
+    assert all(f"\n{command}: install" in makefile for command in commands)
