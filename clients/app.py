@@ -101,6 +101,8 @@ class _Visit:
         architecture: label of the attack whose model definition came with the message, or empty.
         mu: weight of FedProx' proximal term, 0 for other strategies.
         folder: the site's private folder.
+        noise_seed: of the defences' noise: the site's own ``defense-seed`` where its node config sets one, as a real site must,
+            since whoever knows the seed can take the noise off; else the scenario's, so that an audit repeats.
         trained: what :meth:`train` left, empty before.
     """
 
@@ -110,6 +112,7 @@ class _Visit:
     architecture: str
     mu: float
     folder: Path
+    noise_seed: int
     trained: list[Trained] = field(default_factory=list)
 
     @property
@@ -120,7 +123,7 @@ class _Visit:
     def locals(self) -> tuple[Local, ...]:
         """Each defence's surroundings, by position."""
         scenario, labels = self.run.scenario, self.run.setting.defenses
-        seeds = [derive(scenario.seed, self.site, self.round, "defense", label) for label in labels]
+        seeds = [derive(self.noise_seed, self.site, self.round, "defense", label) for label in labels]
         return tuple(
             Local(
                 site=data.sites(scenario)[self.site].name,
@@ -230,7 +233,7 @@ def _answer(message: Message, context: Context, work: Callable[[_Visit, Message,
 
 def _visit(message: Message, context: Context) -> _Visit:
     run, site = read_run_config(context), int(context.node_config["partition-id"])
-    own = context.node_config.get("site-folder")
+    own, noise_seed = context.node_config.get("site-folder"), context.node_config.get("defense-seed", run.scenario.seed)
     config: Mapping[str, Any] = message.content.config_records.get("config", {})
     return _Visit(
         run=run,
@@ -239,6 +242,7 @@ def _visit(message: Message, context: Context) -> _Visit:
         architecture=str(config.get("architecture", "")),
         mu=float(config.get("proximal-mu", 0.0)),
         folder=Path(str(own)) / run.setting.id if own else site_folder(run.out, site),
+        noise_seed=int(noise_seed),
     )
 
 

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from flpriv.scenario import Scenario
 
 DEMO = Path(__file__).with_name("demo.toml")
+WHOLES = ("federations", "attacks")
 LEVELS = ("low", "medium", "high", "critical")
 
 app = typer.Typer(
@@ -258,7 +259,7 @@ def _write(chosen: list[Verdict], path: Path, redact_images: bool) -> Path:
 
 
 def _progress() -> Any:
-    """Show what is told on a terminal; one line per finished piece elsewhere."""
+    """Show what is told on a terminal; a line per finished piece elsewhere."""
     from flpriv.progress import listen
 
     if sys.stderr.isatty():
@@ -267,7 +268,9 @@ def _progress() -> Any:
 
 
 def _line(what: str, done: int, total: int | None, note: str) -> None:
-    if done and done == total:
+    if what in WHOLES and done:
+        typer.echo(f"{what} {done}/{total}: {note}", err=True)
+    elif done and done == total:
         typer.echo(f"{what}: done{f' ({note})' if note else ''}", err=True)
 
 

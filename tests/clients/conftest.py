@@ -36,6 +36,7 @@ def messages(
     site: int = 0,
     rounds: tuple[int, ...] = (1,),
     config: Mapping[str, Any] | None = None,
+    node_config: Mapping[str, Any] | None = None,
 ) -> list[Message]:
     """The replies of one site to one message a round."""
     replies: list[Message] = []
@@ -49,7 +50,9 @@ def messages(
             replies.extend(grid.send_and_receive([Message(RecordDict(content), node, kind)]))  # type: ignore[arg-type]
 
     run = RunConfig(scenario=scenario, setting=scenario.setting(setting), out=out)
-    run_apps(app, server, nodes=scenario.sites.options.get("sites", 3), run_config=run.to_dict(), seed=scenario.seed)
+    nodes = scenario.sites.options.get("sites", 3)
+    own = {site: dict(node_config or {})}
+    run_apps(app, server, nodes=nodes, run_config=run.to_dict(), node_configs=own, seed=scenario.seed)
     return replies
 
 

@@ -192,6 +192,15 @@ def test_a_defence_draws_the_same_noise_again(defended: Make, ask: Ask, tmp_path
     assert drawn[0] == drawn[1] != drawn[2]
 
 
+def test_noise_follows_from_a_seed_of_the_sites_own_where_it_has_one(defended: Make, ask: Ask, tmp_path: Path) -> None:
+    made, drawn = defended(federation=one_step()), []
+    for own in ({}, {"defense-seed": 5}, {"defense-seed": 6}, {"defense-seed": 5}):
+        ask(made, initial(made), setting="halve", node_config=own)
+        drawn.append(read_witnesses(tmp_path / "out")[-1].notes["halve"]["random"])
+    assert len(set(drawn)) == 3
+    assert drawn[1] == drawn[3]
+
+
 def test_a_refusal_is_witnessed(defended: Make, ask: Ask, tmp_path: Path) -> None:
     made = defended()
     reply = ask(made, initial(made), setting="refuse")
