@@ -317,7 +317,7 @@ def _summary(verdict: Verdict, page: Path) -> None:
 
     table = Table(box=None, pad_edge=False, header_style="bold")
     for column in ("attack", "defence", "result", "null", "risk"):
-        table.add_column(column)
+        table.add_column(column, overflow="fold")
     for finding in verdict.findings:
         if not finding.site:
             metric = finding.headline

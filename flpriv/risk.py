@@ -100,8 +100,11 @@ def _reconstruction(finding: Finding, headline: Metric, value: float) -> Rule:
     if value > null:
         return Level.MEDIUM, "some image is recovered"
     found = next((m for m in finding.metrics if m.name.startswith("re-identification")), None)
-    if found is not None and found.low is not None and found.null is not None and found.low > found.null:
-        return Level.LOW, "no image is recovered, but reconstructions point to their patients more often than the null"
+    if found is not None and found.low is not None and found.null is not None:
+        if found.low >= found.null + 0.25:
+            return Level.MEDIUM, "no image is recovered, but a quarter of the reconstructions or more surely find their patient"
+        if found.low > found.null:
+            return Level.LOW, "no image is recovered, but reconstructions find their patients more often than the null"
     return Level.NONE, "no image is recovered beyond the null"
 
 

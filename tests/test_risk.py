@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from flpriv.claim import Goal
@@ -31,6 +33,13 @@ def test_reconstruction_levels(value: float, null: float, level: Level) -> None:
 
 def test_a_reconstruction_no_better_than_its_null_is_no_leak() -> None:
     assert judge(finding(Goal.RECONSTRUCTION, 0.64, null=0.64)).level is Level.NONE
+
+
+@pytest.mark.parametrize(("low", "level"), [(0.48, Level.MEDIUM), (0.1, Level.LOW), (0.01, Level.NONE)])
+def test_a_blurred_image_that_finds_its_patient_is_a_leak(low: float, level: Level) -> None:
+    found = Metric(name="re-identification, own patient first of 90", value=0.5, low=low, null=0.01)
+    bare = finding(Goal.RECONSTRUCTION, 0.0, null=0.0)
+    assert judge(replace(bare, metrics=(*bare.metrics, found))).level is level
 
 
 @pytest.mark.parametrize(
