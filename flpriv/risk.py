@@ -73,7 +73,7 @@ def caveats(
         if finding.status == "failed" and not finding.site:
             found.append(f"The attack '{finding.attack}' failed on '{finding.setting}': {finding.message}")
     for setting in settings:
-        if lost := sum(not event.what.startswith("refused") for event in setting.events):
+        if lost := sum(not event.what.startswith(("refused:", "not evaluated:")) for event in setting.events):
             replies = "1 reply was" if lost == 1 else f"{lost} replies were"
             found.append(f"In the federation '{setting.id}' {replies} lost or unusable; see its events.")
     if _passive_beats_active(findings, settings):

@@ -357,6 +357,7 @@ def _why(reply: Message) -> str:
     """An error reply in one line of at most 300 characters: the first, or the last of what Ray makes of it; never a traceback."""
     lines = [line.strip() for line in re.sub(r"\x1b\[[0-9;]*m", "", reply.error.reason or "").splitlines() if line.strip()]
     reason = (lines[-1 if "ray::" in lines[0] else 0] if lines else "no reason given")[:300]
-    if reply.error.code == ErrorCode.MOD_FAILED_PRECONDITION and reply.metadata.message_type.split(".")[0] == "train":
-        return f"refused: {reason}"
+    if reply.error.code == ErrorCode.MOD_FAILED_PRECONDITION:
+        train = reply.metadata.message_type.split(".")[0] == "train"
+        return f"{'refused' if train else 'not evaluated'}: {reason}"
     return f"error {reply.error.code}: {reason}"

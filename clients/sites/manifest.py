@@ -178,8 +178,10 @@ class ManifestSites(FileSites):
         columns = self.columns
         path = row[columns.path].strip()
         patient = row[columns.patient_id].strip() if columns.patient_id else path
-        if not path or not patient:
-            raise ValueError(f"column {(columns.patient_id if path else columns.path)!r} is empty")
+        if not path:
+            raise ValueError(f"column {columns.path!r} is empty; every row needs an image")
+        if not patient:
+            raise ValueError(f"column {columns.patient_id!r} is empty; fill it in, or leave the row out with label_map or where")
         if not (Path(self.root) / path).exists():
             raise ValueError(f"no such image: {Path(self.root) / path}")
         split = "" if self.resplit else _value(row, columns.split, "split").lower()
