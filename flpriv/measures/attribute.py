@@ -215,7 +215,7 @@ def _overall(sample: Sample, new: Callable[..., Finding], caveats: Sequence[str]
 def _repeated(sample: Sample, key: tuple[str, str]) -> Metric:
     """Accuracy of one probe on one set of features, its interval over repeats."""
     each = (sample.guesses[key] == sample.true).mean(1)
-    low, high = student(each) or (None, None)
+    low, high = (min(max(end, 0.0), 1.0) for end in ends) if (ends := student(each)) else (None, None)
     name = f"accuracy, {key[0] or 'trained model'}, {key[1]}"
     note = f"interval over {_times(len(each))}" if len(each) > 1 else "one run, no randomness"
     return Metric(name=name, value=float(each.mean()), low=low, high=high, n=len(each), note=note)

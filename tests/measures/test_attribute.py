@@ -125,6 +125,15 @@ def test_repeats_are_averaged_with_students_interval() -> None:
     assert overall.confusion.counts.sum() == 5 * 300
 
 
+def test_an_interval_over_repeats_stays_within_what_accuracy_can_be() -> None:
+    true = drawn(1)[0][:40]
+    runs = [true, true, np.where(np.arange(40) < 12, 2 - true, true)]
+    seeds = metrics(judge([guess(run, repeat=i) for i, run in enumerate(runs)], known([SITES[i] for i in true]))[0])
+    found = seeds["accuracy, trained model, head"]
+    assert found.high == 1
+    assert 0 <= found.low < found.value
+
+
 def test_each_set_of_features_is_represented_by_its_best_probe() -> None:
     true, good = drawn(0.9)
     zeros = np.full(300, 2)
