@@ -166,7 +166,8 @@ def list_plugins(
         table = Table(title=one, title_justify="left", box=None, pad_edge=False, header_style="bold")
         for column in ("name", "what it does", "paper"):
             table.add_column(column, no_wrap=column == "name", overflow="fold")
-        for found in registry.plugins(one, files=plugin).values():
+        flower = registry.flower_strategies() if one == "strategies" else ()
+        for found in (*registry.plugins(one, files=plugin).values(), *flower):
             table.add_row(found.name, Text(found.summary), Text(found.paper))
         Console().print(table, Text())
 
@@ -198,7 +199,7 @@ def show(
 
             typer.echo(f"Needs: {spell(loaded.needs)}")
         typer.echo("\nDefaults:")
-        for field in fields(loaded):
+        for field in (field for field in fields(loaded) if field.init):
             default = (
                 field.default
                 if field.default is not MISSING

@@ -76,6 +76,26 @@ def plugins(kind: Kind, *, files: Iterable[Path] = ()) -> dict[str, Plugin]:
     return dict(sorted(found.items()))
 
 
+def flower_strategies() -> tuple[Plugin, ...]:
+    """Flower's own strategies, which a scenario names by class; their source is read, not imported."""
+    spec = importlib.util.find_spec("flwr")
+    folders = spec.submodule_search_locations or [] if spec else []
+    files = [file for folder in folders for file in sorted((Path(folder) / "serverapp" / "strategy").glob("[!_]*.py"))]
+    nodes = [
+        node for file in files for node in ast.parse(file.read_text(encoding="utf-8")).body if isinstance(node, ast.ClassDef)
+    ]
+    return tuple(
+        Plugin(
+            kind="strategies",
+            name=node.name,
+            target=f"flwr.serverapp.strategy:{node.name}",
+            summary=(ast.get_docstring(node) or "").split("\n", 1)[0],
+        )
+        for node in nodes
+        if node.bases and not node.name.endswith("Base") and node.name not in ("Strategy", "FedOpt")
+    )
+
+
 def find(kind: Kind, name: str, *, files: Iterable[Path] = ()) -> type[Any]:
     """The class of the plugin called ``name``.
 

@@ -12,7 +12,7 @@ from typing import Any, get_args
 import pytest
 
 from flpriv.errors import ScenarioError
-from flpriv.registry import Kind, Plugin, build_model, create, find, plugins, validate
+from flpriv.registry import Kind, Plugin, build_model, create, find, flower_strategies, plugins, validate
 from flpriv.task import Task
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -206,3 +206,13 @@ def test_our_plugins_keep_the_rules(kind: Kind, name: str) -> None:
     assert plugin.summary.endswith(".")
     assert plugin.target.partition(":")[0].rpartition(".")[2] == name.replace("-", "_"), "the file is named as the plugin"
     assert loaded.__pydantic_config__["extra"] == "forbid"
+
+
+def test_flowers_strategies_are_listed_and_can_be_built() -> None:
+    from flwr.serverapp import strategy
+
+    found = {plugin.name: plugin for plugin in flower_strategies()}
+    assert {"FedAvg", "FedProx", "FedAdam", "Krum"} <= set(found)
+    for plugin in found.values():
+        assert issubclass(plugin.load(), strategy.Strategy)
+        assert plugin.summary
