@@ -30,7 +30,10 @@ app = typer.Typer(
 )
 
 ScenarioPath = Annotated[Path, typer.Argument(help="Scenario (TOML), or 'demo' for the built-in one.")]
-Overrides = Annotated[list[str], typer.Option("--set", metavar="KEY=VALUE", help="Override a key of the scenario; repeatable.")]
+Overrides = Annotated[
+    list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override a key of the scenario; repeatable.")
+]
+PluginFiles = Annotated[list[Path] | None, typer.Option("--plugin", help="A Python file with further plugins; repeatable.")]
 Workers = Annotated[int | None, typer.Option("--jobs", min=1, help="Processes side by side; one per core if not given.")]
 Redact = Annotated[bool, typer.Option("--redact-images", help="Leave all images out of the report.")]
 
@@ -75,7 +78,7 @@ def common(
 @app.command()
 def run(
     scenario: Annotated[Path | None, typer.Argument(help="Scenario (TOML); without one, the built-in demo.")] = None,
-    overrides: Overrides = [],  # noqa: B006
+    overrides: Overrides = None,
     out: Annotated[Path | None, typer.Option(help="Folder of the run; runs/NAME if not given.")] = None,
     engine: Annotated[str | None, typer.Option(help="inline or simulation.")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with an interrupted run.")] = False,
@@ -89,14 +92,15 @@ def run(
     from flpriv import audit
     from flpriv.finding import Level
     from flpriv.jobs import cores
+    from flpriv.runfolder import RunFolder
 
     if fail_above is not None and fail_above not in LEVELS:
         raise ScenarioError(f"--fail-above {fail_above!r}{near(fail_above, LEVELS)}")
     if resume and scenario is None:
         out = out or _newest()
-        chosen = audit.RunFolder.open(out).scenario()
+        chosen = RunFolder.open(out).scenario()
     else:
-        chosen = _scenario(scenario or Path("demo"), [*overrides, *([f'engine="{engine}"'] if engine else [])])
+        chosen = _scenario(scenario or Path("demo"), [*(overrides or []), *([f'engine="{engine}"'] if engine else [])])
         out = out or _folder(chosen.name, resume=resume)
     command = shlex.join(["flpriv", *sys.argv[1:]])
     with _progress():
@@ -119,8 +123,9 @@ def attack(
     """Attack a run's stored captures again, without training."""
     from flpriv import audit
     from flpriv.jobs import cores
+    from flpriv.runfolder import RunFolder
 
-    folder = audit.RunFolder.open(run_dir)
+    folder = RunFolder.open(run_dir)
     scenario = folder.scenario()
     with _progress():
         verdict = audit.attack(
@@ -150,7 +155,7 @@ def report(
 @app.command("list")
 def list_plugins(
     kind: Annotated[str | None, typer.Argument(help="attacks, defenses, strategies, sites or models; all if not given.")] = None,
-    plugin: Annotated[list[Path], typer.Option("--plugin", help="A Python file with further plugins; repeatable.")] = [],  # noqa: B006
+    plugin: PluginFiles = None,
 ) -> None:
     """List attacks, defences, strategies, sources of sites and models."""
     from rich.console import Console
@@ -167,7 +172,7 @@ def list_plugins(
         for column in ("name", "what it does", "paper"):
             table.add_column(column, no_wrap=column == "name", overflow="fold")
         flower = registry.flower_strategies() if one == "strategies" else ()
-        for found in (*registry.plugins(one, files=plugin).values(), *flower):
+        for found in (*registry.plugins(one, files=plugin or ()).values(), *flower):
             table.add_row(found.name, Text(found.summary), Text(found.paper))
         Console().print(table, Text())
 
@@ -175,7 +180,7 @@ def list_plugins(
 @app.command()
 def show(
     name: Annotated[str, typer.Argument(help="Name of an attack, defence, source of sites or model.")],
-    plugin: Annotated[list[Path], typer.Option("--plugin", help="A Python file with further plugins; repeatable.")] = [],  # noqa: B006
+    plugin: PluginFiles = None,
 ) -> None:
     """Show one plugin: what it does, its paper, its options with their defaults."""
     import inspect
@@ -184,7 +189,7 @@ def show(
     from flpriv import registry
 
     kinds = get_args(registry.Kind)
-    everything = [found for kind in kinds for found in registry.plugins(kind, files=plugin).values()]
+    everything = [found for kind in kinds for found in registry.plugins(kind, files=plugin or ()).values()]
     named = [found for found in everything if found.name == name]
     if not named:
         raise ScenarioError(f"no plugin is called {name!r}{near(name, (found.name for found in everything))}")
@@ -211,11 +216,11 @@ def show(
 
 
 @app.command()
-def check(scenario: ScenarioPath, overrides: Overrides = []) -> None:  # noqa: B006
+def check(scenario: ScenarioPath, overrides: Overrides = None) -> None:
     """Check a scenario without running it: names, options, sites and splits; shows what would be run."""
     from flpriv import audit
 
-    chosen = _scenario(scenario, overrides)
+    chosen = _scenario(scenario, overrides or [])
     audit.check(chosen)
     for site in audit.summaries(chosen):
         classes = ", ".join(f"{name} {count}" for name, count in site.classes.items())

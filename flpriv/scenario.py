@@ -14,7 +14,7 @@ from pydantic import ConfigDict, Field
 
 from flpriv.errors import ScenarioError, near
 from flpriv.recipe import LocalRecipe
-from flpriv.registry import plugins, validate
+from flpriv.registry import Kind, plugins, validate
 from flpriv.site import SplitPlan
 from flpriv.threat import NAMED, Threat, threat
 
@@ -365,15 +365,16 @@ def _check(scenario: Scenario) -> None:
         for label in () if stack == UNDEFENDED else stack.split("+"):
             if label not in labels:
                 raise ScenarioError(f"{where}: no defense labelled {label!r}{near(label, labels)}")
-    for table, kind, names in (
-        ("attacks", "attacks", {a.label: a.attack for a in scenario.attacks}),
-        ("defenses", "defenses", {d.label: d.defense for d in scenario.defenses}),
-        ("sites", "sites", {"source": scenario.sites.source}),
-    ):
-        registered = plugins(kind, files=scenario.plugins)  # type: ignore[arg-type]
+    named: dict[Kind, dict[str, str]] = {
+        "attacks": {a.label: a.attack for a in scenario.attacks},
+        "defenses": {d.label: d.defense for d in scenario.defenses},
+        "sites": {"source": scenario.sites.source},
+    }
+    for kind, names in named.items():
+        registered = plugins(kind, files=scenario.plugins)
         for label, name in names.items():
             if name not in registered:
-                raise ScenarioError(f"{table}.{label}: unknown {kind.removesuffix('s')} {name!r}{near(name, registered)}")
+                raise ScenarioError(f"{kind}.{label}: unknown {kind.removesuffix('s')} {name!r}{near(name, registered)}")
     if ":" not in scenario.model.name and scenario.model.name not in (models := plugins("models", files=scenario.plugins)):
         raise ScenarioError(f"model.name: unknown model {scenario.model.name!r}{near(scenario.model.name, models)}")
 
