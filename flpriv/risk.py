@@ -48,9 +48,9 @@ def sentence(findings: Sequence[Finding], adversary: str) -> tuple[Level, str]:
     if top.level is Level.NONE:
         return (
             Level.NONE,
-            f"A {adversary} adversary learned nothing that these attacks could measure from the undefended federation.",
+            f"The {adversary} adversary learned nothing that these attacks could measure from the undefended federation.",
         )
-    text = f"A {adversary} adversary reaches a {top.level.name.lower()} risk on the undefended federation: {_says(top)}."
+    text = f"The {adversary} adversary reaches a {top.level.name.lower()} risk on the undefended federation: {_says(top)}."
     stopped = sorted(
         {f.defense for f in findings if not f.site and f.defense != "none" and f.attack == top.attack and f.level <= Level.LOW}
     )
