@@ -97,6 +97,8 @@ def run(
     if fail_above is not None and fail_above not in LEVELS:
         raise ScenarioError(f"--fail-above {fail_above!r}{near(fail_above, LEVELS)}")
     if resume and scenario is None:
+        if overrides or engine:
+            raise ScenarioError("--resume goes on with the run as it was started; leave out --set and --engine")
         out = out or _newest()
         chosen = RunFolder.open(out).scenario()
     else:

@@ -224,6 +224,14 @@ def test_a_killed_run_goes_on_and_ends_the_same(tmp_path: Path) -> None:
     assert rounds[0] == rounds[1]
 
 
+def test_resume_takes_the_newest_run_as_it_was_started(scenario: Path, tmp_path: Path) -> None:
+    assert "nothing to resume" in refused(flpriv("run", "--resume", cwd=tmp_path))
+    assert flpriv("run", scenario, cwd=tmp_path).returncode == 0
+    assert flpriv("run", "--resume", cwd=tmp_path).returncode == 0
+    assert [path.name for path in (tmp_path / "runs").iterdir()] == ["small"]
+    assert "leave out --set" in refused(flpriv("run", "--resume", "--set", "federation.rounds=9", cwd=tmp_path))
+
+
 def test_run_attack_report(scenario: Path, tmp_path: Path) -> None:
     done = flpriv("run", scenario, "--out", "run", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
