@@ -22,6 +22,7 @@ from flpriv.testing.plugins import check_plugin, global_seed, require, same
 
 if TYPE_CHECKING:
     from flwr.app import Context, Message, RecordDict
+    from flwr.serverapp import Grid
 
     from flpriv.defense import CallNext
 
@@ -212,10 +213,10 @@ def _converse(defense: Defense) -> Mapping[str, Message]:
 
     replies: dict[str, Message] = {}
 
-    def serve(grid: object, context: Context) -> None:
-        (node,) = grid.get_node_ids()  # type: ignore[attr-defined]
+    def serve(grid: Grid, context: Context) -> None:
+        (node,) = grid.get_node_ids()
         for kind in ("train", "evaluate", "train.failing"):
-            (replies[kind],) = grid.send_and_receive([Message(content(), node, kind)])  # type: ignore[attr-defined]
+            (replies[kind],) = grid.send_and_receive([Message(content(), node, kind)])
 
     run_apps(app, serve, nodes=1, run_config={}, node_configs={0: {"defense-seed": 1}})
     return replies

@@ -10,7 +10,7 @@ import numpy as np
 from torch import nn
 
 from flpriv.model import Model
-from flpriv.site import Entry, Site, Sites
+from flpriv.site import Entry, Site, Sites, Split
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,10 +45,10 @@ class TinySites(Sites):
         return tuple(self._site(number) for number in range(self.sites))
 
     def _site(self, number: int) -> Site:
-        splits = ["train"] * self.train + ["test"] * self.test
+        splits: list[Split] = ["train" if row < self.train else "test" for row in range(self.train + self.test)]
         names = [f"{number}-{row}" for row in range(len(splits))]
         entries = tuple(
-            Entry(id=name, patient=f"patient {name}", label=int(row % 3 == 0), split=split)  # type: ignore[arg-type]
+            Entry(id=name, patient=f"patient {name}", label=int(row % 3 == 0), split=split)
             for row, (name, split) in enumerate(zip(names, splits, strict=True))
         )
         return Site(name=f"clinic {number}", entries=entries, read=self._read)

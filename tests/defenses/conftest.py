@@ -50,7 +50,7 @@ def train(loop: Loop) -> Iterator[tuple[torch.Tensor, float]]:
     for images, labels, rows in loop.loader:
         loop.optimizer.zero_grad()
         loss = loop.loss(loop.model(images), labels)
-        loss.backward()  # type: ignore[no-untyped-call]
+        torch.autograd.backward(loss)
         loop.optimizer.step()
         yield rows, float(loss.detach())
     for finish in loop.finish:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from typing import Literal
 
 import pytest
 from hypothesis import given, settings
@@ -10,13 +11,13 @@ from hypothesis import strategies as st
 
 from flpriv.clients.sites.partition import divide
 from flpriv.errors import DataError
-from flpriv.site import Entry
+from flpriv.site import Entry, Split
 
 
-def collection(patients: int, *, classes: int = 2, splits: tuple[str, ...] = ("",)) -> list[Entry]:
+def collection(patients: int, *, classes: int = 2, splits: tuple[Split | Literal[""], ...] = ("",)) -> list[Entry]:
     """Entries of ``patients`` patients, every third with two images."""
     return [
-        Entry(id=f"{p}/{i}", patient=f"p{p}", label=p % classes, split=splits[p // classes % len(splits)])  # type: ignore[arg-type]
+        Entry(id=f"{p}/{i}", patient=f"p{p}", label=p % classes, split=splits[p // classes % len(splits)])
         for p in range(patients)
         for i in range(1 + (p % 3 == 0))
     ]
@@ -30,12 +31,14 @@ def collection(patients: int, *, classes: int = 2, splits: tuple[str, ...] = (""
     seed=st.integers(0, 2**32),
 )
 @pytest.mark.parametrize("how", ["iid", "dirichlet"])
-def test_every_image_is_at_one_site_and_no_patient_at_two(how: str, patients: int, sites: int, alpha: float, seed: int) -> None:
+def test_every_image_is_at_one_site_and_no_patient_at_two(
+    how: Literal["iid", "dirichlet"], patients: int, sites: int, alpha: float, seed: int
+) -> None:
     entries = collection(patients)
-    parts = divide(entries, sites, how=how, alpha=alpha, seed=seed)  # type: ignore[arg-type]
+    parts = divide(entries, sites, how=how, alpha=alpha, seed=seed)
     assert sorted(e.id for part in parts for e in part) == sorted(e.id for e in entries)
     assert all(count == 1 for count in Counter(p for part in parts for p in {e.patient for e in part}).values())
-    assert parts == divide(entries, sites, how=how, alpha=alpha, seed=seed)  # type: ignore[arg-type]
+    assert parts == divide(entries, sites, how=how, alpha=alpha, seed=seed)
 
 
 def test_iid_sites_have_the_same_size_classes_and_splits() -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import numpy as np
 import pytest
 from sklearn.linear_model import LogisticRegression
@@ -13,6 +15,7 @@ from flpriv.clients.sites.phantom import PhantomSites
 from flpriv.registry import create
 from flpriv.site import SplitPlan, load, split_patients
 
+SEXES: tuple[Literal["F", "M"], ...] = ("F", "M")
 PLAIN = Equipment(marker="", border=0.0, sharpen=0.0, blur=0.0)
 
 
@@ -20,8 +23,8 @@ def volume(patient: Patient, size: int = 48, breath: float = 1.0) -> np.ndarray:
     return hounsfield(patient, Grid(x=spaced(350, size), y=spaced(280, size), z=spaced(350, size)), breath=breath)
 
 
-def person(seed: int = 1, *, sex: str = "M", age: float = 40, lesions: int = 0) -> Patient:
-    return Patient(sex=sex, age=age, lesions=lesions, seed=seed)  # type: ignore[arg-type]
+def person(seed: int = 1, *, sex: Literal["F", "M"] = "M", age: float = 40, lesions: int = 0) -> Patient:
+    return Patient(sex=sex, age=age, lesions=lesions, seed=seed)
 
 
 @pytest.mark.parametrize(("dimensions", "shape"), [(2, (1, 32, 32)), (3, (1, 32, 32, 32))])
@@ -112,9 +115,9 @@ def test_age_thins_bone_and_sex_shapes_the_chest() -> None:
     seeds = range(6)
     dense = {age: np.mean([(volume(person(s, age=age), 32) > 350).sum() for s in seeds]) for age in (25, 85)}
     assert dense[85] < 0.8 * dense[25]
-    lungs = {sex: np.mean([(volume(person(s, sex=sex), 32) < -600)[:, 10:22, 8:24].sum() for s in seeds]) for sex in "FM"}
+    lungs = {sex: np.mean([(volume(person(s, sex=sex), 32) < -600)[:, 10:22, 8:24].sum() for s in seeds]) for sex in SEXES}
     assert lungs["F"] < 0.95 * lungs["M"]
-    front = {sex: np.mean([(volume(person(s, sex=sex), 32)[8:16, :8] > -300).sum() for s in seeds]) for sex in "FM"}
+    front = {sex: np.mean([(volume(person(s, sex=sex), 32)[8:16, :8] > -300).sum() for s in seeds]) for sex in SEXES}
     assert front["F"] > front["M"]
 
 
