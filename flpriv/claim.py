@@ -28,6 +28,9 @@ class Reconstruction:
         labels: ``(N,)`` int64, where the attack tells them.
         confidence: ``(N,)``, larger is surer, where the attack tells it.
         objective: ``(N,)`` or scalar final value of the attack's own objective, lower is better; selection goes by this alone.
+        method: how the images were found where the attack has more than one way, for the report (``"exact: dense + ReLU"``).
+        sensitivity: ``1 - cos`` between the update and what images of other people would send at the same labels, in [0, 2];
+            near 0 the update hardly depends on the images. ``None`` where the adversary has no public images to tell it by.
     """
 
     images: Tensor
@@ -36,6 +39,8 @@ class Reconstruction:
     labels: Tensor | None = None
     confidence: Tensor | None = None
     objective: Tensor | None = None
+    method: str = ""
+    sensitivity: float | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
