@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 from torch import Tensor
 
@@ -29,6 +30,7 @@ class Observation:
         examples: the number of examples the node claims.
         metrics: further numbers in its reply.
         local: the local recipe.
+        defenses: (name, options) of the sites' defences, the one that touched the update first in front; ``()`` for none.
         labels: ``(steps, batch)`` flattened in order of use where the order is granted, sorted otherwise.
         trap: label of the attack whose trap was delivered in this message, ``""`` for the honest model.
     """
@@ -40,6 +42,7 @@ class Observation:
     examples: int | None = None
     metrics: Mapping[str, float] = field(default_factory=dict)
     local: LocalRecipe | None = None
+    defenses: tuple[tuple[str, Mapping[str, Any]], ...] | None = None
     labels: Tensor | None = None
     trap: str = ""
 

@@ -2,7 +2,7 @@
 
 Layout of a capture folder::
 
-    capture.json                       format, granted capabilities, task, local recipe
+    capture.json                       format, granted capabilities, task, local recipe, defences
     initial.safetensors                the global model before round 1 (with see-models)
     round-0001/sent-<hash>.safetensors      a model that was sent; once, however many nodes received it
     round-0001/node-<id>.safetensors        what a node returned (with see-updates)
@@ -26,7 +26,7 @@ import re
 import shutil
 import stat
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -111,6 +111,8 @@ class Sink:
         granted: the adversary's capabilities.
         task: what the federation learns; without it, the reader of the capture must bring one.
         local: the local recipe, stored with ``Can.KNOW_LOCAL``.
+        defenses: (name, options) of the sites' defences in order, stored with ``Can.KNOW_DEFENSES``; ``None`` where the operator
+            does not know them.
         resume: go on with the capture that is there.
 
     Raises:
@@ -124,6 +126,7 @@ class Sink:
         granted: Can,
         task: Task | None = None,
         local: LocalRecipe | None = None,
+        defenses: Sequence[tuple[str, Mapping[str, Any]]] | None = None,
         resume: bool = False,
     ) -> None:
         self.folder = Path(folder)
@@ -134,7 +137,8 @@ class Sink:
             raise CaptureError(f"{self.folder} holds a capture already; choose another folder, or resume")
         private_folder(self.folder)
         known = asdict(local) if local is not None and Can.KNOW_LOCAL in granted else None
-        facts = {"format": FORMAT, "granted": spell(granted).split(", ") if granted else [], "local": known}
+        stack = _plain(defenses) if defenses is not None and Can.KNOW_DEFENSES in granted else None
+        facts = {"format": FORMAT, "granted": spell(granted).split(", ") if granted else [], "local": known, "defenses": stack}
         write_json(self.folder / "capture.json", facts | {"task": asdict(task) if task is not None else None})
 
     def initial(self, model: State) -> None:
@@ -209,11 +213,12 @@ def open_capture(folder: Path | str, *, task: Task | None = None) -> Capture:
     facts = _facts(folder)
     granted = _parsed(folder / "capture.json", lambda: _flags(facts["granted"]))
     local = _parsed(folder / "capture.json", lambda: _recipe(facts["local"]))
+    defenses = _parsed(folder / "capture.json", lambda: _stack(facts.get("defenses")))
     labels = StoredState(path) if (path := folder / "labels.safetensors").exists() else {}
     observations: list[Observation] = []
     models = [StoredState(path)] if (path := folder / "initial.safetensors").exists() else []
     for place in _finished(folder):
-        observations += _observations(place, local, labels)
+        observations += [replace(seen, local=local, defenses=defenses) for seen in _observations(place, labels)]
         models += [StoredState(path)] if (path := place / "global.safetensors").exists() else []
     if not models and (path := folder / "final.safetensors").exists():
         models = [StoredState(path)]
@@ -340,6 +345,26 @@ def _recipe(facts: Mapping[str, Any] | None) -> LocalRecipe | None:
     return validate(LocalRecipe, facts, where="local") if facts is not None else None
 
 
+def _plain(defenses: Sequence[tuple[str, Mapping[str, Any]]]) -> list[list[Any]]:
+    """Defences as JSON; an infinite option becomes ``"inf"``."""
+    return [[name, {key: _spelt(value) for key, value in options.items()}] for name, options in defenses]
+
+
+def _spelt(value: Any) -> Any:
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _stack(facts: Sequence[Any] | None) -> tuple[tuple[str, Mapping[str, Any]], ...] | None:
+    if facts is None:
+        return None
+    infinite = {str(value): value for value in (math.inf, -math.inf)}
+
+    def value(given: Any) -> Any:
+        return infinite.get(given, given) if isinstance(given, str) else given
+
+    return tuple((str(name), {str(key): value(given) for key, given in options.items()}) for name, options in facts)
+
+
 def _stored_task(folder: Path, facts: Mapping[str, Any]) -> Task:
     path = folder / "capture.json"
     if facts.get("task") is None:
@@ -365,18 +390,18 @@ def _finished(folder: Path) -> list[Path]:
     return sorted(found, key=lambda path: int(path.name.removeprefix("round-")))
 
 
-def _observations(place: Path, local: LocalRecipe | None, labels: State) -> list[Observation]:
+def _observations(place: Path, labels: State) -> list[Observation]:
     path = place / "round.json"
     facts = read_json(path)
 
     def found() -> list[Observation]:
         rows = sorted(facts["observations"], key=lambda row: -1 if row["node"] is None else int(row["node"]))
-        return [_observation(place, facts["round"], row, local, labels) for row in rows]
+        return [_observation(place, facts["round"], row, labels) for row in rows]
 
     return _parsed(path, found)
 
 
-def _observation(place: Path, round: int, row: Mapping[str, Any], local: LocalRecipe | None, labels: State) -> Observation:
+def _observation(place: Path, round: int, row: Mapping[str, Any], labels: State) -> Observation:
     sent, returned = _state(place, row["sent"]), _state(place, row["returned"])
     for key in [key for key in sent.layout if returned.layout.get(key, ("", ()))[1] != sent.layout[key][1]][:1]:
         raise CaptureError(f"{place / row['returned']}: layer {key!r} differs from {row['sent']}; {_WAY_OUT}")
@@ -388,7 +413,6 @@ def _observation(place: Path, round: int, row: Mapping[str, Any], local: LocalRe
         returned=returned,
         examples=None if row["examples"] is None else int(row["examples"]),
         metrics={str(key): math.nan if value is None else float(value) for key, value in row["metrics"].items()},
-        local=local,
         labels=labels.get(f"{round}/{node}"),
         trap=str(row["trap"]),
     )

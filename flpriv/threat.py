@@ -20,6 +20,9 @@ class Can(Flag):
     """Each client's own reply in every round, not only their aggregate."""
     KNOW_LOCAL = auto()
     """The local recipe: optimiser, learning rate, batch size, number of local steps, loss."""
+    KNOW_DEFENSES = auto()
+    """Which defences the sites use, in order and with their options; never their noise. One that changes the agreed model is part
+    of the task, and known to everybody."""
     KNOW_LABELS = auto()
     """The labels of the records behind each update."""
     KNOW_ORDER = auto()
@@ -39,6 +42,7 @@ DESCRIPTIONS = {
     Can.SEE_MODELS: "sees the global model of every round",
     Can.SEE_UPDATES: "sees every client's own update",
     Can.KNOW_LOCAL: "knows the local recipe (optimiser, learning rate, batch size, steps)",
+    Can.KNOW_DEFENSES: "knows which defences the sites use and how strong",
     Can.KNOW_LABELS: "knows the labels of the records behind an update",
     Can.KNOW_ORDER: "knows the order of the local batches",
     Can.KNOW_PUBLIC: "holds public images of the same modality",
@@ -49,7 +53,7 @@ DESCRIPTIONS = {
 """Each capability in plain words, for reports."""
 
 _USER = Can.SEE_FINAL | Can.KNOW_PUBLIC | Can.KNOW_CANDIDATES | Can.KNOW_EXPOSED
-_CURIOUS = _USER | Can.SEE_MODELS | Can.SEE_UPDATES | Can.KNOW_LOCAL
+_CURIOUS = _USER | Can.SEE_MODELS | Can.SEE_UPDATES | Can.KNOW_LOCAL | Can.KNOW_DEFENSES
 NAMED = {
     "model-user": _USER,
     "sums-only": _USER | Can.SEE_MODELS | Can.KNOW_LOCAL,

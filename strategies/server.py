@@ -6,6 +6,7 @@ import random
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -14,6 +15,7 @@ from flwr.proto.node_pb2 import NodeInfo
 from flwr.serverapp import Grid, ServerApp
 from flwr.serverapp.strategy import Result
 from flwr.supercore.run import Run
+from pydantic import TypeAdapter
 
 from flpriv import data
 from flpriv.attack import Attack, Trap
@@ -73,7 +75,14 @@ def _train(grid: Grid, config: RunConfig, *, tapped: bool) -> tuple[Result, Hist
     if not tapped:
         result = strategy.start(ordered, initial, num_rounds=setting.rounds, timeout=scenario.federation.timeout)
         return result, History()
-    sink = Sink(out / "capture", granted=scenario.threat.granted, task=task, local=setting.local, resume=config.resume)
+    sink = Sink(
+        out / "capture",
+        granted=scenario.threat.granted,
+        task=task,
+        local=setting.local,
+        defenses=_defenses(config),
+        resume=config.resume,
+    )
     malice = _malice(config, task, sites)
     wiretap = Wiretap(
         strategy,
@@ -86,6 +95,13 @@ def _train(grid: Grid, config: RunConfig, *, tapped: bool) -> tuple[Result, Hist
         resume=config.resume,
     )
     return wiretap.start(ordered, initial, num_rounds=setting.rounds, timeout=scenario.federation.timeout), wiretap.history
+
+
+def _defenses(config: RunConfig) -> list[tuple[str, dict[str, Any]]]:
+    """The setting's defences by name, each with all its options, those left at their defaults included."""
+    specs = map(config.scenario.defense, config.setting.defenses)
+    stack = [create("defenses", spec.defense, spec.options, files=config.scenario.plugins) for spec in specs]
+    return [(defense.name, TypeAdapter(type(defense)).dump_python(defense, mode="json")) for defense in stack]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import math
 import os
 import resource
 import signal
@@ -45,6 +46,7 @@ TASK = Task(
     changes=(("dp-sgd", {"noise_multiplier": 1.0}),),
 )
 LOCAL = LocalRecipe(lr=0.1, steps=2, batch_size=4)
+DEFENSES = (("gaussian", {"max_grad_norm": math.inf, "noise_multiplier": 0.0}), ("top-k", {"keep": 0.1}))
 EVERYTHING = NAMED["malicious-server"] | Can.KNOW_LABELS
 NODE = 2**64 - 3
 
@@ -67,7 +69,7 @@ def observation(round: int = 1, node: int | None = 5, seed: int = 1, **options: 
 
 
 def written(folder: Path, granted: Can = EVERYTHING, rounds: int = 2) -> Path:
-    sink = Sink(folder, granted=granted, task=TASK, local=LOCAL)
+    sink = Sink(folder, granted=granted, task=TASK, local=LOCAL, defenses=DEFENSES)
     sink.initial(state(10))
     for round in range(1, rounds + 1):
         sink.observe(observation(round, NODE, 3, trap="imprint", metrics={"loss": float("nan")}))
@@ -100,6 +102,7 @@ def test_what_is_written_reads_back(tmp_path: Path) -> None:
         "",
         "imprint",
     )
+    assert first.defenses == second.defenses == DEFENSES
     assert second.metrics["loss"] != second.metrics["loss"]
     assert [model["bn.num_batches_tracked"].item() for model in capture.models] == [17, 18, 19]
     assert torch.equal(capture.secrets["bins"], torch.arange(4.0))
@@ -146,6 +149,28 @@ def test_the_local_recipe_is_stored_only_where_known(tmp_path: Path) -> None:
     folder = written(tmp_path / "c", EVERYTHING & ~Can.KNOW_LOCAL)
     assert json.loads((folder / "capture.json").read_text())["local"] is None
     assert all(seen.local is None for seen in open_capture(folder).observations)
+
+
+def test_defences_are_stored_only_where_known(tmp_path: Path) -> None:
+    folder = written(tmp_path / "c", EVERYTHING & ~Can.KNOW_DEFENSES)
+    assert "top-k" not in (folder / "capture.json").read_text()
+    assert all(seen.defenses is None for seen in open_capture(folder).observations)
+
+
+def test_no_defence_is_not_the_same_as_an_unknown_one(tmp_path: Path) -> None:
+    for defenses in ((), None):
+        sink = Sink(tmp_path / str(defenses), granted=EVERYTHING, task=TASK, defenses=defenses)
+        sink.observe(observation())
+        sink.finish_round(1, model=state())
+        assert [seen.defenses for seen in open_capture(sink.folder).observations] == [defenses]
+
+
+def test_a_capture_from_before_defences_were_told_still_opens(tmp_path: Path) -> None:
+    folder = written(tmp_path / "c")
+    facts = json.loads((folder / "capture.json").read_text())
+    del facts["defenses"]
+    (folder / "capture.json").write_text(json.dumps(facts))
+    assert [seen.defenses for seen in open_capture(folder).observations] == [None] * 4
 
 
 def test_the_last_model_alone(tmp_path: Path) -> None:
@@ -346,6 +371,7 @@ BROKEN: dict[str, tuple[str, Callable[[Path], None], str]] = {
     "newer": ("capture.json", edited(format=2), r"capture\.json: format 2 is newer than 1, .*update flpriv"),
     "capability": ("capture.json", edited(granted=["see-evrything"]), r"capture\.json: .*see-evrything"),
     "recipe": ("capture.json", edited(local={"lr": -1}), r"capture\.json: .*lr = -1"),
+    "defences": ("capture.json", edited(defenses=[["top-k"]]), r"capture\.json: not as flpriv writes it"),
     "task": ("capture.json", edited(task={"shape": 3}), r"capture\.json: not as flpriv writes it"),
     "no task": ("capture.json", edited(task=None), "open it with a task"),
     "no capture": ("capture.json", Path.unlink, r"is not a capture: it has no capture\.json"),

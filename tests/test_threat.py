@@ -19,10 +19,14 @@ def test_named_models_grow_stronger() -> None:
 @pytest.mark.parametrize(
     ("model", "can", "cannot"),
     [
-        ("model-user", Can.SEE_FINAL, Can.SEE_MODELS | Can.SEE_UPDATES | Can.KNOW_LOCAL | Can.TAMPER),
+        ("model-user", Can.SEE_FINAL, Can.SEE_MODELS | Can.SEE_UPDATES | Can.KNOW_LOCAL | Can.KNOW_DEFENSES | Can.TAMPER),
         ("sums-only", Can.SEE_MODELS | Can.KNOW_LOCAL, Can.SEE_UPDATES | Can.TAMPER),
-        ("honest-but-curious", Can.SEE_UPDATES | Can.SEE_MODELS, Can.TAMPER | Can.KNOW_LABELS | Can.KNOW_ORDER),
-        ("malicious-server", Can.TAMPER | Can.SEE_UPDATES, Can.KNOW_LABELS | Can.KNOW_ORDER),
+        (
+            "honest-but-curious",
+            Can.SEE_UPDATES | Can.SEE_MODELS | Can.KNOW_DEFENSES,
+            Can.TAMPER | Can.KNOW_LABELS | Can.KNOW_ORDER,
+        ),
+        ("malicious-server", Can.TAMPER | Can.SEE_UPDATES | Can.KNOW_DEFENSES, Can.KNOW_LABELS | Can.KNOW_ORDER),
     ],
 )
 def test_what_a_named_model_grants(model: str, can: Can, cannot: Can) -> None:

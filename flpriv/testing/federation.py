@@ -176,7 +176,9 @@ def withhold(capture: Capture, granted: Can) -> Capture:
         labels = seen.labels if Can.KNOW_LABELS in granted else None
         if labels is not None and Can.KNOW_ORDER not in granted:
             labels = labels.sort().values
-        return replace(seen, labels=labels, local=seen.local if Can.KNOW_LOCAL in granted else None)
+        local = seen.local if Can.KNOW_LOCAL in granted else None
+        defenses = seen.defenses if Can.KNOW_DEFENSES in granted else None
+        return replace(seen, labels=labels, local=local, defenses=defenses)
 
     seen = tuple(map(redact, capture.observations)) if Can.SEE_UPDATES in granted else ()
     models = capture.models if Can.SEE_MODELS in granted else capture.models[-1:] if Can.SEE_FINAL in granted else ()
@@ -278,6 +280,7 @@ def _federate(
                 returned=_copy(model.state_dict()),
                 examples=len(records),
                 local=plan.recipe,
+                defenses=(),
                 labels=labels,
                 trap=attack.name if armed is not None and attack is not None else "",
             )

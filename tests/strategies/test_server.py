@@ -64,6 +64,20 @@ def test_what_a_setting_leaves(tmp_path: Path) -> None:
     assert all(torch.equal(final[key], value) for key, value in capture.final.items())
 
 
+def test_what_the_adversary_knows_of_the_defences(tmp_path: Path) -> None:
+    """The whole stack in order, options left at their defaults included; nothing without the capability."""
+    tables = {
+        "defenses": {"few": {"defense": "top-k"}, "clip": {"defense": "gaussian", "max_grad_norm": 2.0}},
+        "compare": ["clip+few"],
+    }
+    run(tmp_path / "known", audit(**tables))
+    run(tmp_path / "denied", audit(**tables, threat={"deny": ["know-defenses"]}))
+    known = [seen.defenses for seen in open_capture(tmp_path / "known" / "capture").observations]
+    clip = {"max_grad_norm": 2.0, "noise_multiplier": 0.1, "formal": False, "delta": 1e-5}
+    assert known == [(("gaussian", clip), ("top-k", {"keep": 0.1}))] * 9
+    assert [seen.defenses for seen in open_capture(tmp_path / "denied" / "capture").observations] == [None] * 9
+
+
 def test_the_bare_strategy_gives_the_same_weights(tmp_path: Path) -> None:
     which = audit(federation=TABLES["federation"] | {"options": {"fraction_train": 0.7}})
     run(tmp_path / "tapped", which)

@@ -237,6 +237,10 @@ def test_withholding_leaves_what_is_granted(kept: Can) -> None:
     assert len(left.models) == (1 if Can.SEE_FINAL in kept else 5 if Can.SEE_MODELS in kept else 0)
     assert (left.public is not None) == (Can.KNOW_PUBLIC in kept)
     assert left.candidates is None and all(o.labels is None and o.local is None for o in left.observations)
+    assert all(o.defenses is None for o in left.observations)
+    assert {
+        o.defenses for o in withhold(glass(Goal.MEMBERSHIP).capture, kept | Can.SEE_UPDATES | Can.KNOW_DEFENSES).observations
+    } == {()}
 
 
 def test_scores() -> None:
