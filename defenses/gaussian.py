@@ -9,9 +9,9 @@ import torch
 from pydantic import Field
 
 from flpriv.defense import Defense, Local
+from flpriv.defenses.clipping import factor
 from flpriv.defenses.ledger import fingerprint, spend
-from flpriv.errors import UpdateError
-from flpriv.state import State, norm
+from flpriv.state import State
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,14 +55,9 @@ class Gaussian(Defense):
         Raises:
             UpdateError: if the update holds NaN or infinite values, which clipping cannot bound.
         """
-        length = float(norm(update))
-        if not length < float("inf"):
-            raise UpdateError(
-                f"site {local.site}, round {local.round}: the update holds NaN or infinite values; lower the learning rate"
-            )
-        if length <= self.max_grad_norm and self.noise_multiplier == 0:
+        scale = factor(update, max_grad_norm=self.max_grad_norm, local=local)
+        if scale == 1 and self.noise_multiplier == 0:
             return update
-        scale = min(1.0, self.max_grad_norm / length) if length else 1.0
         sigma = self.noise_multiplier * self.max_grad_norm
         done = {key: value * scale + sigma * _normal(value, local.rng) for key, value in update.items()}
         if self.formal:

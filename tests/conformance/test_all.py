@@ -29,7 +29,10 @@ def test_defense(name: str) -> None:
     [
         ("gaussian", {"noise_multiplier": 0, "max_grad_norm": float("inf")}),
         ("gaussian", {"noise_multiplier": 4.0, "formal": True}),
+        ("laplace", {"noise_multiplier": 0, "max_grad_norm": float("inf")}),
+        ("qsgd", {"levels": 2}),
         ("top-k", {"keep": 1.0}),
+        ("uniform-quantiser", {"bits": 2}),
         ("dp-sgd", {"noise_multiplier": 0, "poisson": False}),
     ],
 )
