@@ -37,4 +37,5 @@ class UniformQuantiser(Defense):
     def _rounded(self, value: Tensor) -> Tensor:
         wide = value.double()
         step = (wide.abs().max() / (2 ** (self.bits - 1) - 1)).clamp_min(torch.finfo(torch.float64).tiny)
-        return ((wide / step).round() * step).to(value.dtype)
+        level = (wide / step).round()
+        return torch.mul(level, step).to(value.dtype)

@@ -25,7 +25,7 @@ def test_magnitudes_are_two_at_most_and_signs_stay(entries: list[float]) -> None
     value = torch.tensor(entries, dtype=torch.float64)
     after = SignSGD().protect({"w": value}, local=Local(site="A", round=1, rng=torch.Generator()))["w"]
     assert torch.equal(after.sign(), value.sign())
-    assert {float(one) for one in after.abs().unique()} <= {0.0, float(value.abs().mean())}
+    assert set(after.abs().tolist()) <= {0.0, float(value.abs().mean())}
 
 
 def test_a_tensor_without_zeros_keeps_its_1_norm(local: Surroundings) -> None:

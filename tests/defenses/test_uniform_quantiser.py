@@ -29,7 +29,7 @@ def test_no_entry_moves_more_than_half_a_step(entries: list[float], bits: int) -
     after = UniformQuantiser(bits=bits).protect({"w": value}, local=Local(site="A", round=1, rng=torch.Generator()))["w"]
     step = value.abs().max() / (2 ** (bits - 1) - 1)
     assert bool(((after - value).abs() <= step / 2 * (1 + 1e-9)).all())
-    assert len(after.abs().unique()) <= 2 ** (bits - 1)
+    assert len(set(after.abs().tolist())) <= 2 ** (bits - 1)
     assert torch.allclose(after.abs().max(), value.abs().max())
 
 
