@@ -39,6 +39,8 @@ class Metric:
         unit: ``"dB"``, ``"%"`` or empty; fractions are kept in [0, 1].
         null: what an adversary without the evidence reaches.
         null_name: what that is (``"best of 128 public images"``, ``"chance"``, ``"untrained backbone"``).
+        second_null: what another such adversary reaches; it may be more than ``null``.
+        second_null_name: what that is (``"mean public image"``).
         note: why a value is missing, or what to keep in mind.
     """
 
@@ -50,7 +52,14 @@ class Metric:
     unit: str = ""
     null: float | None = None
     null_name: str = ""
+    second_null: float | None = None
+    second_null_name: str = ""
     note: str = ""
+
+    @property
+    def best_null(self) -> float | None:
+        """The larger of both nulls: the one to beat."""
+        return max((null for null in (self.null, self.second_null) if null is not None), default=None)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,6 +76,7 @@ class Pair:
         null_ssim: of the null.
         site: whose image.
         rank: place of the true patient among all images by similarity to the reconstruction, 1 is found.
+        rdlv: relative data leakage value, ``None`` where the prior is hardly alike the original.
     """
 
     original: NDArray[np.float32]
@@ -78,6 +88,7 @@ class Pair:
     null_ssim: float
     site: str
     rank: int | None = None
+    rdlv: float | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

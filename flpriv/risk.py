@@ -92,7 +92,7 @@ def _passive_beats_active(findings: Sequence[Finding], settings: Sequence[Settin
 
 
 def _reconstruction(finding: Finding, headline: Metric, value: float) -> Rule:
-    null = headline.null or 0.0
+    null = headline.best_null or 0.0
     if value > null and value >= 0.5:
         return Level.CRITICAL, "half of the images or more are recovered"
     if value > null and value >= 0.1:
@@ -100,10 +100,10 @@ def _reconstruction(finding: Finding, headline: Metric, value: float) -> Rule:
     if value > null:
         return Level.MEDIUM, "some image is recovered"
     found = next((m for m in finding.metrics if m.name.startswith("re-identification")), None)
-    if found is not None and found.low is not None and found.null is not None:
-        if found.low >= found.null + 0.25:
+    if found is not None and found.low is not None and found.best_null is not None:
+        if found.low >= found.best_null + 0.25:
             return Level.MEDIUM, "no image is recovered, but a quarter of the reconstructions or more surely find their patient"
-        if found.low > found.null:
+        if found.low > found.best_null:
             return Level.LOW, "no image is recovered, but reconstructions find their patients more often than the null"
     return Level.NONE, "no image is recovered beyond the null"
 

@@ -23,6 +23,7 @@ from flpriv.finding import Confusion, Event, Finding, Level, Metric, Pair, Roc, 
 FILE = "verdict.json"
 FORMAT = "flpriv-verdict"
 VERSION = 1
+_NUMBERS = ("value", "low", "high", "null", "second_null")
 _ARRAYS = re.compile(r"verdict-[0-9a-f]{16}\.safetensors")
 
 Place = Callable[[str, NDArray[Any]], Any]
@@ -158,13 +159,13 @@ def _finding(table: Table, arrays: Arrays) -> Finding:
 
 
 def _metric(table: Table) -> Metric:
-    return Metric(**{**table, **{name: _number(table[name]) for name in ("value", "low", "high", "null")}})
+    return Metric(**{**table, **{name: _number(table.get(name)) for name in _NUMBERS}})
 
 
 def _pair(table: Table, arrays: Arrays) -> Pair:
     images = {name: _array(table[name], arrays) for name in ("original", "reconstruction", "null")}
     scores = {name: float(table[name]) for name in ("psnr", "ssim", "null_psnr", "null_ssim")}
-    return Pair(**{**table, **images, **scores})
+    return Pair(**{**table, **images, **scores, "rdlv": _number(table.get("rdlv"))})
 
 
 def _confusion(table: Table, arrays: Arrays) -> Confusion:

@@ -57,6 +57,12 @@ class AttackView:
         known = [*finding.metrics, *([finding.headline] if finding.headline else [])]
         return next((metric for metric in known if metric.name == name), None)
 
+    def note(self, name: str) -> str:
+        """What to keep in mind of the metric of that name, where all findings that have a value say the same."""
+        found = [metric for finding in self.findings if (metric := self.metric(finding, name)) and metric.value is not None]
+        notes = {metric.note for metric in found}
+        return notes.pop() if len(notes) == 1 else ""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Scatter:

@@ -23,7 +23,8 @@ JSON_FORMAT = "flpriv-report"
 JSON_VERSION = 1
 COLUMNS = (
     "run", "kind", "threat", "attack", "name", "goal", "setting", "defense", "site", "status", "level", "metric", "headline",
-    "value", "low", "high", "n", "unit", "null", "null_name", "threshold", "note", "message", "seconds",
+    "value", "low", "high", "n", "unit", "null", "null_name", "second_null", "second_null_name",
+    "threshold", "note", "message", "seconds",
 )  # fmt: skip
 """Columns of the CSV. ``kind`` is ``"attack"``, ``"utility"``, ``"train utility"`` or ``"claimed epsilon"``."""
 
@@ -252,6 +253,8 @@ def _numbers(metric: Metric) -> dict[str, Any]:
         "unit": metric.unit,
         "null": metric.null,
         "null_name": metric.null_name,
+        "second_null": metric.second_null,
+        "second_null_name": metric.second_null_name,
         "note": metric.note,
     }
 

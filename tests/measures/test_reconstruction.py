@@ -16,7 +16,8 @@ from flpriv.finding import Finding, Metric
 from flpriv.measures import measure
 from flpriv.measures.images import mse, psnr, ssim
 from flpriv.measures.intervals import clopper_pearson
-from flpriv.measures.reconstruction import PAIRS, assign
+from flpriv.measures.reconstruction import PAIRS
+from flpriv.measures.scoring import assign
 from flpriv.records import Records
 from flpriv.truth import Truth
 

@@ -130,7 +130,7 @@ def test_json_holds_every_number_and_no_image(verdict: Verdict) -> None:
     findings = content["verdicts"][0]["findings"]
     assert len(findings) == len(verdict.findings)
     pairs = [pair for finding in findings for pair in finding["pairs"]]
-    assert pairs and all(set(pair) == {"psnr", "ssim", "null_psnr", "null_ssim", "site", "rank"} for pair in pairs)
+    assert pairs and all(set(pair) == {"psnr", "ssim", "null_psnr", "null_ssim", "site", "rank", "rdlv"} for pair in pairs)
     curve = next(finding["roc"] for finding in findings if finding["roc"])
     assert (curve["fpr"][0], curve["tpr"][-1]) == (0.0, 1.0)
     confusion = next(finding["confusion"] for finding in findings if finding["confusion"])
