@@ -35,6 +35,16 @@ def test_a_reconstruction_no_better_than_its_null_is_no_leak() -> None:
     assert judge(finding(Goal.RECONSTRUCTION, 0.64, null=0.64)).level is Level.NONE
 
 
+def test_the_better_of_two_nulls_is_the_one_to_beat() -> None:
+    bare = finding(Goal.RECONSTRUCTION, 0.3, null=0.1)
+    assert judge(bare).level is Level.HIGH
+    assert bare.headline is not None
+    beaten = replace(bare.headline, second_null=0.3, second_null_name="mean public image")
+    assert beaten.best_null == 0.3
+    assert judge(replace(bare, headline=beaten)).level is Level.NONE
+    assert Metric(name="AUC", value=0.6).best_null is None
+
+
 @pytest.mark.parametrize(("low", "level"), [(0.48, Level.MEDIUM), (0.1, Level.LOW), (0.01, Level.NONE)])
 def test_a_blurred_image_that_finds_its_patient_is_a_leak(low: float, level: Level) -> None:
     found = Metric(name="re-identification, own patient first of 90", value=0.5, low=low, null=0.01)

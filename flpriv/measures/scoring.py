@@ -119,8 +119,12 @@ def score(claims: Mapping[Key, Sequence[Tensor]], truth: Truth, guesses: Guesses
 
 
 def assign(claimed: Tensor, originals: Tensor) -> list[tuple[int, int]]:
-    """(original, claim) pairs with the smallest total mean squared error, each used once; the longer side keeps leftovers."""
-    return _cheapest(all_mse(originals, claimed))
+    """(original, claim) pairs with the largest total PSNR, each used once; the longer side keeps leftovers.
+
+    Not the smallest total mean squared error: that gives exact reconstructions away to other originals where poor claims gain
+    by it, and recovered images would be counted as lost.
+    """
+    return _best(all_mse(originals, claimed))
 
 
 def _match(key: Key, images: Sequence[Tensor], truth: Truth, guesses: Guesses) -> Matched:
@@ -134,7 +138,7 @@ def _match(key: Key, images: Sequence[Tensor], truth: Truth, guesses: Guesses) -
     claimed = torch.cat([image.detach().to("cpu", torch.float32) for image in images]).nan_to_num(0.0).clamp(0, 1)
     distance = all_mse(originals.images, claimed)
     best, assigned = torch.zeros_like(originals.images), torch.zeros(len(originals), dtype=torch.bool)
-    for row, column in _cheapest(distance):
+    for row, column in _best(distance):
         best[row], assigned[row] = claimed[column], True
     return Matched(
         originals=originals.images,
@@ -147,10 +151,10 @@ def _match(key: Key, images: Sequence[Tensor], truth: Truth, guesses: Guesses) -
     )
 
 
-def _cheapest(cost: Tensor) -> list[tuple[int, int]]:
+def _best(squared: Tensor) -> list[tuple[int, int]]:
     from scipy.optimize import linear_sum_assignment
 
-    rows, columns = linear_sum_assignment(cost.numpy())
+    rows, columns = linear_sum_assignment(psnr(squared).numpy(), maximize=True)
     return list(zip(rows.tolist(), columns.tolist(), strict=True))
 
 

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import time
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -17,7 +18,6 @@ from flpriv.measures import measure
 from flpriv.measures.images import mse, psnr, ssim
 from flpriv.measures.intervals import clopper_pearson
 from flpriv.measures.reconstruction import PAIRS
-from flpriv.measures.scoring import assign
 from flpriv.records import Records
 from flpriv.truth import Truth
 
@@ -254,13 +254,6 @@ def test_a_recognisable_reconstruction_points_to_its_patient_though_no_pixel_is_
     assert own.value > 0.9
 
 
-def test_assignment_is_the_cheapest() -> None:
-    originals = anatomy(5, seed=1)
-    assert assign(originals[[3, 1, 4, 0, 2]], originals) == [(0, 3), (1, 1), (2, 4), (3, 0), (4, 2)]
-    assert len(assign(originals[:2], originals)) == 2
-    assert assign(originals[:0], originals) == []
-
-
 def test_nan_is_black_and_values_out_of_range_are_clipped() -> None:
     truth = federation()
     wild = truth.used[1, 7].images.clone()
@@ -279,3 +272,54 @@ def test_claims_that_do_not_fit_are_refused() -> None:
         judge([claim(torch.zeros(2, 1, 20, 20), 9)], truth)
     with pytest.raises(ClaimError, match="no node trained"):
         judge([Reconstruction(images=torch.zeros(2, 1, 20, 20), round=5, node=None)], truth)
+
+
+def test_how_updates_were_inverted_and_whether_they_depend_on_images_is_told_over_all_and_by_site() -> None:
+    truth = federation()
+    images = truth.used[1, 7].images
+    exact = replace(claim(images), method="exact: dense + ReLU", sensitivity=0.21)
+    blind = replace(claim(images, 8), sensitivity=0.002)
+    overall, a, b = judge([exact, blind], truth)
+    inverted, depends = metric(overall, "fraction of updates inverted by exact"), metric(overall, "mean input sensitivity")
+    assert (inverted.value, inverted.n, inverted.note) == (0.5, 2, "1 of 2 updates was inverted by exact: dense + ReLU")
+    assert depends.value == pytest.approx(0.106)
+    assert depends.n == 2
+    assert [caveat for caveat in overall.caveats if "depends on the images" in caveat] == [overall.caveats[0]]
+    assert not any("exact" in caveat for caveat in overall.caveats)
+    assert metric(a, "mean input sensitivity").value == pytest.approx(0.21)
+    assert metric(a, "fraction of updates inverted").value == 1
+    assert metric(b, "mean input sensitivity").value == pytest.approx(0.002)
+    assert not any(each.name.startswith("fraction of updates") for each in b.metrics)
+    assert overall.headline == overall.metrics[0] == metric(overall, HEAD)
+
+
+def test_few_patients_are_a_caveat_however_many_their_images() -> None:
+    truth = federation()
+    used = replace(truth.used[1, 7], patients=("one",) * 6 + ("two",) * 6)
+    known = replace(truth, used={(1, 7): used}, everyone=used)
+    overall, _ = judge([claim(used.images)], known)
+    assert "Only 12 originals of 2 patients: the intervals are wide." in overall.caveats
+    assert overall.headline is not None
+    assert (overall.headline.low, overall.headline.high) == pytest.approx(clopper_pearson(2, 2))
+
+
+def test_a_pair_tells_its_own_leakage() -> None:
+    truth = federation(shape=(32, 32))
+    assert truth.public is not None
+    noisy = (truth.used[1, 7].images + 0.02 * torch.randn(12, 1, 32, 32, generator=torch.Generator().manual_seed(0))).clamp(0, 1)
+    overall = judge([claim(noisy)], truth)[0]
+    for pair in overall.pairs:
+        prior = float(ssim(truth.public.images.mean(0)[None], torch.from_numpy(pair.original)[None]))
+        assert pair.rdlv == pytest.approx((pair.ssim - prior) / prior, abs=1e-5)
+
+
+@pytest.mark.parametrize("shape", [(128, 128), (32, 32, 32)])
+def test_hundreds_of_originals_take_seconds(shape: tuple[int, ...]) -> None:
+    rng = torch.Generator().manual_seed(0)
+    images = torch.rand(400, 1, *shape, generator=rng)
+    used = records(images[:128], 0, "a")
+    everyone = records(images, 0, "a")
+    truth = Truth(used={(1, 7): used}, site_of={7: "a"}, everyone=everyone, public=records(images[200:], 1000, ""))
+    begun = time.process_time()
+    judge([claim(torch.rand(512, 1, *shape, generator=rng))], truth)
+    assert time.process_time() - begun < 20

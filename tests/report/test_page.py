@@ -178,6 +178,10 @@ def test_says_what_a_privacy_officer_asks(page: Path, browser: Browser) -> None:
         "sees every client's own update",
         "does not know the order of the local batches",
         "best of 128 public images: 0 %",
+        "mean public image: 15.2 dB",
+        "images of 20 pixels hold no two scales",
+        "3 of 4 updates",
+        "1 of 4 updates",
         "95 % interval 62 to 98 %",
         "n = 8",
         "half of the images or more are recovered",
@@ -198,6 +202,7 @@ def test_says_what_a_privacy_officer_asks(page: Path, browser: Browser) -> None:
         'flpriv run xray.toml --set sites.root="$DATA" --out run',
     ):
         assert said in text, said
+    assert text.count("above 100 dB counts as 100 dB") == 1
     assert "# <b>not bold</b> & so on" in (opened.text_content("main") or "")
     opened.close()
 
@@ -274,6 +279,7 @@ def test_redaction_leaves_no_image_anywhere(verdict: Verdict, tmp_path: Path) ->
         assert "data:image" not in file.read_text() and "base64" not in file.read_text()
     text = path.read_text()
     assert "left out of this report" in text and "48.3" in text
+    assert "RDLV" in text and "<td>1.59</td>" in text
     assert '"images": "left out"' in path.with_suffix(".json").read_text()
 
 
