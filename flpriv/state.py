@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterable, Mapping
 
 import torch
@@ -39,6 +40,16 @@ def norm(update: State) -> Tensor:
     """Euclidean norm over all entries together, a float64 scalar (0 for an empty update)."""
     squares = [value.double().square().sum() for value in update.values()]
     return torch.stack(squares).sum().sqrt() if squares else torch.zeros((), dtype=torch.float64)
+
+
+def fingerprint(state: State) -> str:
+    """16 hexadecimal digits that depend on every entry's name, dtype, shape and values."""
+    digest = hashlib.sha256()
+    for key, value in sorted(state.items()):
+        plain = value.detach().cpu().contiguous()
+        digest.update(f"{key}\0{plain.dtype}\0{tuple(plain.shape)}\0".encode())
+        digest.update(plain.reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()[:16]
 
 
 def check_finite(state: State, *, who: str) -> None:

@@ -19,7 +19,6 @@ Folders are 0700 and files 0600: reconstructions from them are patient images.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 import re
@@ -31,7 +30,6 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
-import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
@@ -42,7 +40,7 @@ from flpriv.files import private_folder, write_private
 from flpriv.recipe import LocalRecipe
 from flpriv.records import Records
 from flpriv.registry import validate
-from flpriv.state import State
+from flpriv.state import State, fingerprint
 from flpriv.task import Task
 from flpriv.threat import Can, capability, spell
 
@@ -305,16 +303,6 @@ def read_json(path: Path) -> Any:
         return json.loads(path.read_bytes())
     except (ValueError, RecursionError) as error:
         raise CaptureError(f"{path}: not JSON ({type(error).__name__}); {_WAY_OUT}") from error
-
-
-def fingerprint(state: State) -> str:
-    """16 hexadecimal digits that depend on every entry's name, dtype, shape and values."""
-    digest = hashlib.sha256()
-    for key, value in sorted(state.items()):
-        plain = value.detach().cpu().contiguous()
-        digest.update(f"{key}\0{plain.dtype}\0{tuple(plain.shape)}\0".encode())
-        digest.update(plain.reshape(-1).view(torch.uint8).numpy().data)
-    return digest.hexdigest()[:16]
 
 
 _WAY_OUT = "copy the capture again, or run the federation anew"

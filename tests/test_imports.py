@@ -17,7 +17,7 @@ CONTRACTS = {
     *(
         "attack",
         "bands",
-        "bands",
+        "cache",
         "capture",
         "claim",
         "data",
@@ -30,7 +30,7 @@ CONTRACTS = {
         "recipe",
         "records",
     ),
-    *("registry", "scenario", "seeds", "site", "state", "task", "threat", "truth", "witness"),
+    *("registry", "scenario", "scratch", "seeds", "site", "state", "task", "threat", "truth", "witness"),
 }
 FLOWER = ("flpriv/defense.py", "flpriv/engine/", "flpriv/testing", "clients/app.py", "strategies/")
 """Where Flower may be imported."""

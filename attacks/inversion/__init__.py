@@ -1,6 +1,7 @@
 """Gradient inversion: images from the updates of honest training, by an operator who only looks.
 
-An attack here is a composition: what a trial's update is compared by (:mod:`.objective`), what is known of images
-(:mod:`.regularisers`), which labels (:mod:`.labels`), how the site trained (:mod:`.unroll`), how the search goes
-(:mod:`.search`).
+What is known of an update (:mod:`.evidence`: how the site trained, :mod:`.unroll`; which labels, :mod:`.labels`) is first
+inverted exactly where the architecture allows it (:mod:`.exact`), else searched for (:mod:`.matching`). A search is composed
+(:mod:`.plan`) of an objective (:mod:`.objective`) that looks through what altered the update (:mod:`.channel`), regularisers
+(:mod:`.regularisers`), a first trial (:mod:`.start`) and an optimiser (:mod:`.search`); :mod:`.problems` runs many at once.
 """

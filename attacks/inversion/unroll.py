@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.func import functional_call, replace_all_batch_norm_modules_
+from torch.func import functional_call, grad, replace_all_batch_norm_modules_
 from torch.nn.modules.dropout import _DropoutNd
 
 from flpriv.errors import FlprivError
@@ -49,19 +49,22 @@ class Replay:
         """``(W₀ - W_τ) / lr`` for each parameter in the order of ``start``: the gradient, where there is one plain step.
 
         Images are ``(N, C, *spatial)``; labels ``(N,)`` class indices or ``(N, classes)`` probabilities. The class weights of a
-        balanced loss are a secret of the site and taken to be equal.
+        balanced loss are a secret of the site and taken to be equal. Works under the transforms of ``torch.func``.
         """
+
+        def loss(weights: dict[str, Tensor], batch: Sequence[int]) -> Tensor:
+            rows = torch.tensor(batch, device=images.device)
+            logits = functional_call(self.model, {**weights, **self.rest}, (images[rows],))
+            return F.cross_entropy(logits, labels[rows])
+
         weights = dict(self.start)
         velocity: list[Tensor] = []
         moved: list[Tensor] = []
         for step, batch in enumerate(self.batches):
             if step:
                 weights = {k: w - self.recipe.lr * v for (k, w), v in zip(weights.items(), velocity, strict=True)}
-            rows = torch.tensor(batch, device=images.device)
-            logits = functional_call(self.model, {**weights, **self.rest}, (images[rows],))
-            loss = F.cross_entropy(logits, labels[rows])
-            descent = torch.autograd.grad(loss, list(weights.values()), create_graph=True, materialize_grads=True)
-            force = [g + self.recipe.weight_decay * w for g, w in zip(descent, weights.values(), strict=True)]
+            descent = grad(loss)(weights, batch)
+            force = [descent[k] + self.recipe.weight_decay * w for k, w in weights.items()]
             velocity = [self.recipe.momentum * v + f for v, f in zip(velocity, force, strict=True)] if step else force
             moved = [m + v for m, v in zip(moved, velocity, strict=True)] if step else velocity
         return moved
@@ -90,10 +93,11 @@ def replay(task: Task, sent: State, *, recipe: LocalRecipe, examples: int | None
         if isinstance(module, _DropoutNd):
             module.eval()
     trained = [name for name, weight in model.named_parameters() if weight.requires_grad]
+    model.requires_grad_(False)
     fixed = {name for name, _ in (*model.named_parameters(), *model.named_buffers())}.difference(trained)
     return Replay(
         model=model,
-        start={name: sent[name].detach().to(device, copy=True).requires_grad_() for name in trained},
+        start={name: sent[name].detach().to(device, copy=True) for name in trained},
         rest={name: sent[name].detach().to(device, copy=True) for name in fixed & sent.keys()},
         recipe=recipe,
         batches=batches(recipe, examples=examples),

@@ -32,9 +32,12 @@ def test_replaying_the_true_images_gives_the_update(
     moved = dict(zip(site.start, site(done.used.images, done.used.labels), strict=True))
     assert site.images == len(done.used)
     whole = norm(seen.update)
+    apart = {name: -recipe.lr * moved[name] - value for name, value in seen.update.items()}
+    assert norm(apart) <= 5e-3 * whole + 1e-6
+    # Batch statistics over two images magnify float32's rounding within single layers.
+    share = 5e-3 if not recipe.train_mode else 0.05
     for name, value in seen.update.items():
-        apart = torch.linalg.vector_norm(-recipe.lr * moved[name] - value)
-        assert apart <= 5e-3 * torch.linalg.vector_norm(value) + 1e-4 * whole + 1e-6, name
+        assert torch.linalg.vector_norm(apart[name]) <= share * torch.linalg.vector_norm(value) + 4e-4 * whole + 1e-6, name
 
 
 def test_the_state_sent_is_left_alone(federate: Callable[..., Any], smooth: Callable[..., Any]) -> None:

@@ -1,0 +1,124 @@
+"""What is known of one update before any search: how the site trained, what it sent, which labels."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from flpriv.attacks.inversion.labels import recover
+from flpriv.attacks.inversion.objective import cosine
+from flpriv.attacks.inversion.unroll import Replay, replay
+from flpriv.capture import Capture, Observation
+from flpriv.errors import FlprivError
+from flpriv.threat import Can
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evidence:
+    """One update, ready to be matched.
+
+    Args:
+        seen: the reply.
+        site: replays the round on trial images.
+        target: ``(W₀ - W_τ) / lr`` for each parameter in the order of ``site.start``, on the device of the replay.
+        labels: ``(images,)`` int64; in order of use where ``ordered``.
+        ordered: whether it is known, or does not matter, which images share a step.
+    """
+
+    seen: Observation
+    site: Replay
+    target: tuple[Tensor, ...]
+    labels: Tensor
+    ordered: bool
+
+    @property
+    def where(self) -> str:
+        """For messages."""
+        return f"round {self.seen.round}, node {self.seen.node}"
+
+
+def honest(capture: Capture, *, rounds: Sequence[int], limit: int | None, who: str) -> list[Observation]:
+    """The single updates of honest models in ``rounds`` (all, where none is named), at most ``limit``.
+
+    Raises:
+        FlprivError: if there is none.
+    """
+    single = [o for o in capture.observations if o.node is not None and not o.trap]
+    seen = [o for o in single if not rounds or o.round in rounds]
+    if not seen:
+        where = f"rounds {', '.join(map(str, rounds))}" if rounds else "any round"
+        raise FlprivError(f"{who}: no honest update was captured in {where}; set the option rounds")
+    return seen[:limit]
+
+
+def gather(
+    capture: Capture, seen: Observation, *, rng: torch.Generator, device: torch.device, max_steps: int, max_images: int, who: str
+) -> Evidence:
+    """The evidence in one reply.
+
+    Args:
+        capture: what else the adversary holds.
+        seen: the reply.
+        rng: draws the public images that labels are recovered with.
+        device: where to compute.
+        max_steps: refuse updates of more local steps.
+        max_images: refuse updates of more distinct images.
+        who: name of the attack, for messages.
+
+    Raises:
+        FlprivError: if the local recipe is not known or cannot be replayed, or the update is beyond a limit.
+    """
+    where = f"{who}: round {seen.round}, node {seen.node}"
+    if seen.local is None:
+        raise FlprivError(f"{where}: the capture lacks the local recipe")
+    site = replay(capture.task, seen.sent, recipe=seen.local, examples=seen.examples, device=device)
+    if len(site.batches) == 1 and seen.labels is not None and len(seen.labels):
+        site = site.of(len(seen.labels))
+    if len(site.batches) > max_steps or site.images > max_images:
+        raise FlprivError(
+            f"{where}: {len(site.batches)} local steps on {site.images} images are more than max_steps = {max_steps} or "
+            f"max_images = {max_images}; raise these options or lower local.steps"
+        )
+    update = seen.update
+    target = tuple(update[name].to(device) / -site.recipe.lr for name in site.start)
+    labels = _labels(capture, seen, site, target, rng, where).to(device)
+    ordered = Can.KNOW_ORDER in capture.granted or len(set(site.batches)) == 1
+    return Evidence(seen=seen, site=site, target=target, labels=labels, ordered=ordered)
+
+
+def sensitivity(evidence: Evidence, capture: Capture, *, rng: torch.Generator) -> float | None:
+    """``1 - cos`` between the update and what public images would send at the same labels, the mean of up to four draws.
+
+    Near 0 the update hardly depends on the images, and no attack can tell them. ``None`` without public images.
+    """
+    if capture.public is None or not len(capture.public):
+        return None
+    apart = []
+    for _ in range(4):
+        drawn = torch.randint(len(capture.public), (evidence.site.images,), generator=rng)
+        other = evidence.site(capture.public.take(drawn).images.to(evidence.labels.device), evidence.labels)
+        apart.append(float(cosine(other, evidence.target)))
+    return sum(apart) / len(apart)
+
+
+def _labels(
+    capture: Capture, seen: Observation, site: Replay, target: Sequence[Tensor], rng: torch.Generator, where: str
+) -> Tensor:
+    """``(images,)`` int64 in order of first use where the order is granted, else sorted."""
+    if seen.labels is not None and len(seen.labels):
+        uses = sum(map(len, site.batches))
+        if len(seen.labels) != uses:
+            raise FlprivError(
+                f"{where}: {len(seen.labels)} labels for {uses} uses of images; the sites do not follow the local recipe"
+            )
+        return seen.labels[: site.images] if Can.KNOW_ORDER in capture.granted else seen.labels[:: uses // site.images]
+    if capture.public is not None:
+        public = capture.public.take(torch.randperm(len(capture.public), generator=rng)[:64])
+        guesses, guessed = public.images, public.labels
+    else:
+        guesses, guessed = torch.rand((16, *capture.task.shape), generator=rng), torch.full((16,), -1)
+    device = target[0].device
+    return recover(site, target, classes=len(capture.task.classes), guesses=guesses.to(device), guessed=guessed.to(device))

@@ -1,0 +1,146 @@
+"""Gradient matching: the attack under every optimisation attack."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
+from typing import Annotated, ClassVar
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from flpriv.attack import Attack
+from flpriv.attacks.inversion.evidence import Evidence, gather, honest, sensitivity
+from flpriv.attacks.inversion.exact import invert_exactly
+from flpriv.attacks.inversion.plan import Plan
+from flpriv.attacks.inversion.problems import Problems, assemble
+from flpriv.attacks.inversion.search import Found
+from flpriv.capture import Capture
+from flpriv.claim import Goal, Reconstruction
+from flpriv.state import fingerprint
+from flpriv.threat import Can
+
+
+@dataclass(frozen=True, kw_only=True)
+class MatchingAttack(Attack):
+    """An attack that searches for images whose update is the observed one. A named attack adds its :meth:`plan` alone.
+
+    An update of several local steps is matched by replaying the steps on the trial. Labels that are not granted are read from
+    the last layer. Where the order of steps matters and is not granted, each restart draws one. Where the first layer is dense,
+    updates are inverted exactly before any search. Restarts are judged by the objective alone.
+
+    Args:
+        iterations: of the search, ≥ 1.
+        restarts: searches from fresh starts for each update, ≥ 1.
+        exact: try exact inversion first, where the architecture allows it.
+        rounds: which rounds to attack; none named means all.
+        limit: attack no more than this many updates, in the order captured.
+        max_steps: refuse updates of more local steps than this.
+        max_images: refuse updates of more distinct images than this.
+        device: where to compute: ``"auto"`` takes a GPU where there is one.
+    """
+
+    goal: ClassVar[Goal] = Goal.RECONSTRUCTION
+    needs: ClassVar[Can] = Can.SEE_UPDATES | Can.KNOW_LOCAL
+
+    iterations: Annotated[int, Field(ge=1)] = 1000
+    restarts: Annotated[int, Field(ge=1)] = 1
+    exact: bool = True
+    rounds: tuple[int, ...] = (1,)
+    limit: Annotated[int, Field(ge=1)] | None = None
+    max_steps: Annotated[int, Field(ge=1)] = 16
+    max_images: Annotated[int, Field(ge=1)] = 64
+    device: str = "auto"
+
+    @abstractmethod
+    def plan(self, evidence: Evidence, capture: Capture, *, rng: torch.Generator) -> Plan:
+        """The parts of the attack for updates like this one."""
+
+    def run(self, capture: Capture, *, rng: torch.Generator) -> Sequence[Reconstruction]:
+        """One claim for each update attacked, with ``labels`` and the ``objective``, scalar.
+
+        Raises:
+            FlprivError: if there is no honest update in ``rounds``, if the sites do not train by SGD, or if an update is beyond
+                ``max_steps`` or ``max_images``.
+        """
+        device = _device(self.device)
+        claims: dict[int, Reconstruction] = {}
+        groups: dict[object, list[tuple[int, Evidence]]] = {}
+        for place, seen in enumerate(honest(capture, rounds=self.rounds, limit=self.limit, who=self.name)):
+            if self.exact and (found := invert_exactly(capture, seen, rng=rng)) is not None:
+                claims[place] = found
+                continue
+            evidence = gather(
+                capture, seen, rng=rng, device=device, max_steps=self.max_steps, max_images=self.max_images, who=self.name
+            )
+            groups.setdefault(_alike(evidence), []).append((place, evidence))
+        for members in groups.values():
+            searched = self._invert([evidence for _, evidence in members], capture, rng)
+            claims |= dict(zip([place for place, _ in members], searched, strict=True))
+        return [claims[place] for place in sorted(claims)]
+
+    def _invert(self, group: Sequence[Evidence], capture: Capture, rng: torch.Generator) -> list[Reconstruction]:
+        first, restarts = group[0], self.restarts
+        plan = self.plan(first, capture, rng=rng)
+        shape = (first.site.images, *capture.task.shape)
+        labels = torch.stack([_in_order(evidence, rng) for evidence in group for _ in range(restarts)])
+        trials = [plan.space.encode(plan.start(shape, rng).to(given.device), given) for given in labels]
+        problems = assemble(group, labels, plan)
+        found = self._search(problems, torch.stack(trials), rng, key=self._key(group))
+        return [
+            self._claim(evidence, found, slice(place * restarts, (place + 1) * restarts), problems, capture, rng)
+            for place, evidence in enumerate(group)
+        ]
+
+    def _search(self, problems: Problems, trials: Tensor, rng: torch.Generator, *, key: dict[str, str]) -> Found:
+        plan = problems.plan
+        if not plan.consensus:
+            return plan.optimiser.minimise(problems, trials, iterations=plan.iterations, rng=rng, what=self.name, key=key)
+        mean = problems.images(trials)
+        drawn = replace(problems, mean=mean)
+
+        def agree(trials: Tensor) -> None:
+            images = problems.images(trials)
+            groups = images.view(-1, self.restarts, *images.shape[1:])
+            mean.copy_(groups.mean(1, keepdim=True).expand_as(groups).reshape(images.shape))
+
+        return plan.optimiser.minimise(drawn, trials, iterations=plan.iterations, rng=rng, what=self.name, key=key, each=agree)
+
+    def _claim(
+        self, evidence: Evidence, found: Found, rows: slice, problems: Problems, capture: Capture, rng: torch.Generator
+    ) -> Reconstruction:
+        best = rows.start + int(found.objective[rows].argmin())
+        plan = problems.plan
+        images, labels = plan.space.decode(found.trials[best], problems.labels[best])
+        return Reconstruction(
+            images=plan.finish(images.detach()).clamp(0, 1).cpu(),
+            round=evidence.seen.round,
+            node=evidence.seen.node,
+            labels=(labels.argmax(1) if labels.dim() == 2 else labels).cpu(),
+            objective=found.objective[best].cpu(),
+            method="search",
+            sensitivity=sensitivity(evidence, capture, rng=rng),
+        )
+
+    def _key(self, group: Sequence[Evidence]) -> dict[str, str]:
+        """Names a search, so that an interrupted one is taken up by its own continuation alone."""
+        options = {f.name: str(getattr(self, f.name)) for f in fields(self)}
+        return options | {"attack": self.name, "updates": " ".join(fingerprint(e.seen.returned) for e in group)}
+
+
+def _alike(evidence: Evidence) -> object:
+    """What updates share that can be matched in one computation."""
+    seen, site = evidence.seen, evidence.site
+    return fingerprint(seen.sent), site.batches, str(site.recipe), evidence.ordered, str(seen.defenses)
+
+
+def _in_order(evidence: Evidence, rng: torch.Generator) -> Tensor:
+    """The labels in order of use, a random one where none is known."""
+    labels = evidence.labels
+    return labels if evidence.ordered else labels[torch.randperm(len(labels), generator=rng).to(labels.device)]
+
+
+def _device(name: str) -> torch.device:
+    return torch.device(name if name != "auto" else "cuda" if torch.cuda.is_available() else "cpu")
