@@ -44,15 +44,18 @@ def updates(claims: Sequence[Reconstruction]) -> tuple[Update, ...]:
 
 
 def metrics(attacked: Sequence[Update], *, seed: int) -> tuple[Metric, ...]:
-    """The share of updates inverted by each method that is named, and the mean sensitivity of those it is told of.
+    """The share of updates inverted by each method that the attack names, and the mean sensitivity of those it is told of.
 
-    Updates of one node are not taken for independent.
+    How right the images are is no matter here; :mod:`~flpriv.measures.recovery` measures that. Updates of one node are not
+    taken for independent.
     """
     found: list[Metric] = []
     for method in dict.fromkeys(method for update in attacked for method in update.methods):
         hits = [method in update.methods for update in attacked]
         low, high = share_interval(hits, [str(update.node) for update in attacked])
-        count = f"{sum(hits)} of {_updates(len(hits))} {'was' if sum(hits) == 1 else 'were'} inverted by {method}"
+        count = (
+            f"{sum(hits)} of {_updates(len(hits))} {'was' if sum(hits) == 1 else 'were'} inverted by {method}, as the attack says"
+        )
         name = f"fraction of updates inverted by {method}"
         found.append(Metric(name=name, value=sum(hits) / len(hits), low=low, high=high, n=len(hits), note=count))
     if told := [(update.sensitivity, str(update.node)) for update in attacked if update.sensitivity is not None]:

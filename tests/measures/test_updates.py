@@ -33,7 +33,7 @@ def test_updates_are_counted_by_how_they_were_inverted() -> None:
     found = one(claims)
     assert found.name == f"fraction of updates inverted by {exact}"
     assert (found.value, found.n) == (0.5, 4)
-    assert found.note == f"2 of 4 updates were inverted by {exact}"
+    assert found.note == f"2 of 4 updates were inverted by {exact}, as the attack says"
     assert (found.low, found.high) == share_interval([True, True, False, False], list("1234"))
     assert caveats(updates(claims)) == []
 
@@ -41,8 +41,8 @@ def test_updates_are_counted_by_how_they_were_inverted() -> None:
 def test_each_method_is_counted_for_itself() -> None:
     found = metrics(updates([claim(1, method="exact"), claim(2, method="search"), claim(3, method="search")]), seed=0)
     assert [metric.note for metric in found] == [
-        "1 of 3 updates was inverted by exact",
-        "2 of 3 updates were inverted by search",
+        "1 of 3 updates was inverted by exact, as the attack says",
+        "2 of 3 updates were inverted by search, as the attack says",
     ]
 
 
