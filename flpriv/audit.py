@@ -24,6 +24,7 @@ from flpriv.recipe import LocalRecipe
 from flpriv.registry import create, plugins
 from flpriv.runfolder import RunFolder
 from flpriv.scenario import UNDEFENDED, Scenario, Setting
+from flpriv.scratch import scratch
 from flpriv.seeds import derive
 from flpriv.store import open_capture, write_knowledge, write_labels
 from flpriv.threat import DESCRIPTIONS, Can
@@ -197,7 +198,8 @@ def _outcome(job: Job) -> Outcome:
         if not delivered and refusals:
             return Outcome(status="refused", message=refusals[0])
         capture = replace(capture, observations=delivered)
-    claims = made(capture, seed=derive(scenario.seed, "attack", spec.label))
+    with scratch(job.outcome / "scratch"):
+        claims = made(capture, seed=derive(scenario.seed, "attack", spec.label))
     return Outcome(claims=claims) if claims else Outcome(status="failed", message="the attack made no claim")
 
 

@@ -186,7 +186,7 @@ def show(
 ) -> None:
     """Show one plugin: what it does, its paper, its options with their defaults."""
     import inspect
-    from dataclasses import MISSING, fields
+    from dataclasses import MISSING, fields, is_dataclass
 
     from flpriv import registry
 
@@ -198,7 +198,8 @@ def show(
     for found in named:
         loaded = found.load()
         typer.secho(f"{found.name} ({found.kind})", bold=True)
-        typer.echo(inspect.getdoc(loaded) or "")
+        shared = [base for base in loaded.__mro__[1:] if is_dataclass(base) and fields(base)]
+        typer.echo("\n\n".join(inspect.getdoc(cls) or "" for cls in (loaded, *shared)))
         if found.paper:
             typer.echo(f"\nPaper: {found.paper}")
         if hasattr(loaded, "needs"):

@@ -22,10 +22,10 @@ from flpriv.capture import Observation
 from flpriv.errors import CaptureError
 from flpriv.recipe import LocalRecipe
 from flpriv.records import Records
+from flpriv.state import fingerprint
 from flpriv.store import (
     Sink,
     StoredState,
-    fingerprint,
     finished_rounds,
     open_capture,
     write_knowledge,

@@ -40,6 +40,7 @@ def check_plugin(plugin: object, *, facts: Sequence[str]) -> str:
     require(parameters.frozen, f"{name}: make the dataclass frozen")
     text = cls.__dict__.get("__doc__") or ""
     require(text and not text.startswith(f"{cls.__name__}("), f"{name}: say in a docstring what it does")
+    text = "\n".join(base.__dict__.get("__doc__") or "" for base in cls.__mro__ if is_dataclass(base))
     for field in fields(cls):  # type: ignore[arg-type]
         require(field.kw_only, f"{name}: make option {field.name!r} keyword-only")
         require(f"{field.name}:" in text, f"{name}: explain option {field.name!r} in the docstring's Args")
