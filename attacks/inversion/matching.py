@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields
 from typing import Annotated, ClassVar
 
 import torch
@@ -15,8 +15,9 @@ from flpriv.attack import Attack
 from flpriv.attacks.inversion.evidence import Evidence, gather, honest, sensitivity
 from flpriv.attacks.inversion.exact import invert_exactly
 from flpriv.attacks.inversion.plan import Plan
-from flpriv.attacks.inversion.problems import Problems, assemble
+from flpriv.attacks.inversion.problems import Problems
 from flpriv.attacks.inversion.search import Found
+from flpriv.attacks.inversion.stages import carry_out
 from flpriv.capture import Capture
 from flpriv.claim import Goal, Reconstruction
 from flpriv.state import fingerprint
@@ -86,27 +87,11 @@ class MatchingAttack(Attack):
         plan = self.plan(first, capture, rng=rng)
         shape = (first.site.images, *capture.task.shape)
         labels = torch.stack([_in_order(evidence, rng) for evidence in group for _ in range(restarts)])
-        trials = [plan.space.encode(plan.start(shape, rng).to(given.device), given) for given in labels]
-        problems = assemble(group, labels, plan)
-        found = self._search(problems, torch.stack(trials), rng, key=self._key(group))
+        problems, found = carry_out(plan, group, labels, shape=shape, rng=rng, what=self.name, key=self._key(group))
         return [
             self._claim(evidence, found, slice(place * restarts, (place + 1) * restarts), problems, capture, rng)
             for place, evidence in enumerate(group)
         ]
-
-    def _search(self, problems: Problems, trials: Tensor, rng: torch.Generator, *, key: dict[str, str]) -> Found:
-        plan = problems.plan
-        if not plan.consensus:
-            return plan.optimiser.minimise(problems, trials, iterations=plan.iterations, rng=rng, what=self.name, key=key)
-        mean = problems.images(trials)
-        drawn = replace(problems, mean=mean)
-
-        def agree(trials: Tensor) -> None:
-            images = problems.images(trials)
-            groups = images.view(-1, self.restarts, *images.shape[1:])
-            mean.copy_(groups.mean(1, keepdim=True).expand_as(groups).reshape(images.shape))
-
-        return plan.optimiser.minimise(drawn, trials, iterations=plan.iterations, rng=rng, what=self.name, key=key, each=agree)
 
     def _claim(
         self, evidence: Evidence, found: Found, rows: slice, problems: Problems, capture: Capture, rng: torch.Generator

@@ -103,7 +103,8 @@ class Adam:
         lr: first step, in units of the trials (images are in [0, 1]).
         signed: what Adam is fed: the ``"hard"`` sign of the slope (Geiping et al. 2020), a ``"soft"`` one,
             ``tanh(s·slope) / s`` with s falling from 1 to 0, or the slope itself (``"none"``).
-        schedule: ``"step"`` (a tenth after 3/8, 5/8 and 7/8), ``"cosine"`` (to zero) or ``"constant"``.
+        schedule: ``"step"`` (a tenth after 3/8, 5/8 and 7/8), ``"cosine"`` (to ``floor``) or ``"constant"``.
+        floor: share of the first step that a cosine ends at, in [0, 1].
         warmup: evaluations over which the step grows from nothing.
         langevin: Gaussian noise added to the slope, in units of the step; 0 for none.
         box: keep trials in [0, 1].
@@ -113,6 +114,7 @@ class Adam:
     lr: float = 0.1
     signed: Literal["hard", "soft", "none"] = "hard"
     schedule: Schedule = "step"
+    floor: float = 0.0
     warmup: int = 0
     langevin: float = 0.0
     box: bool = True
@@ -173,7 +175,8 @@ class Adam:
         warm = min(1.0, (iteration + 1) / (self.warmup + 1))
         if self.schedule == "step":
             return float(self.lr * warm * 0.1 ** sum(done >= eighths / 8 for eighths in (3, 5, 7)))
-        return self.lr * warm * (0.5 + 0.5 * math.cos(math.pi * done) if self.schedule == "cosine" else 1.0)
+        share = 0.5 + 0.5 * math.cos(math.pi * done) if self.schedule == "cosine" else 1.0
+        return self.lr * warm * (self.floor + (1 - self.floor) * share)
 
     def _sign(self, slopes: Tensor, scale: float) -> Tensor:
         if self.signed == "none":
