@@ -6,7 +6,8 @@ from typing import Any
 import pytest
 import torch
 
-from flpriv.attacks.inversion.labels import count, marks_of, recover
+from flpriv.attacks.inversion.labels import marks_of, recover
+from flpriv.attacks.inversion.labels.counts import count
 from flpriv.attacks.inversion.unroll import replay
 from flpriv.errors import FlprivError
 from flpriv.recipe import LocalRecipe
