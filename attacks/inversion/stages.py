@@ -12,6 +12,7 @@ from torch import Tensor
 from flpriv.attacks.inversion.evidence import Evidence
 from flpriv.attacks.inversion.plan import Plan
 from flpriv.attacks.inversion.problems import Problems, assemble
+from flpriv.attacks.inversion.regularisers import agreement
 from flpriv.attacks.inversion.search import Found
 
 
@@ -56,8 +57,6 @@ def _search(
     drawn = replace(problems, mean=mean)
 
     def agree(trials: Tensor) -> None:
-        images = problems.images(trials)
-        groups = images.view(-1, restarts, *images.shape[1:])
-        mean.copy_(groups.mean(1, keepdim=True).expand_as(groups).reshape(images.shape))
+        mean.copy_(agreement(problems.images(trials), problems.labels, restarts=restarts))
 
     return plan.optimiser.minimise(drawn, trials, iterations=plan.iterations, rng=rng, what=what, key=key, each=agree)
