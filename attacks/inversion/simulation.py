@@ -69,7 +69,7 @@ def simulate(plan: Plan, evidence: Evidence, capture: Capture, *, updates: int, 
     public, device, each = known_images(capture, who=what), evidence.labels.device, evidence.site.images
     order = torch.cat([torch.randperm(len(public), generator=rng) for _ in range(-(-updates * each // len(public)))])
     drawn = public.take(order[: updates * each])
-    images, labels = drawn.images.to(device).split(each), drawn.labels.to(device).split(each)
+    images, labels = torch.split(drawn.images.to(device), each), torch.split(drawn.labels.to(device), each)
     seen = evidence.seen
     defenses: list[Defense] = [
         create("defenses", name, options, files=map(Path, capture.task.plugins)) for name, options in seen.defenses or ()

@@ -146,3 +146,16 @@ def test_progress_tells_the_objective() -> None:
     with listen(lambda what, done, total, note: told.append(note)):
         find(Adam(), bowls(), START, iterations=40)
     assert len(told) == 2 and all(note.startswith("objective ") for note in told)
+
+
+def test_a_cosine_ends_at_its_floor() -> None:
+    start = torch.full((1, 1), 0.0)
+
+    def slope(trials: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
+        return -trials.flatten(1).sum(1), torch.full_like(trials, -1.0)
+
+    def reached(floor: float) -> float:
+        search = Adam(lr=0.01, signed="none", schedule="cosine", floor=floor, box=False)
+        return float(search.minimise(slope, start, iterations=100, rng=torch.Generator(), what="test").trials)
+
+    assert [reached(floor) for floor in (0.0, 0.5, 1.0)] == [pytest.approx(expected, rel=0.02) for expected in (0.5, 0.75, 1.0)]
