@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
@@ -59,6 +60,7 @@ class Plan:
         start: the first trial.
         space: what is searched over.
         consensus: weight of the squared distance to the mean of an update's restarts (group consistency), ≥ 0.
+        sharpness: of the model's ReLUs, see :mod:`flpriv.attacks.inversion.smoothing`; infinite leaves them as they are.
         finish: what is done to the images found, ``(N, C, *spatial)`` to the same.
         then: a further search from the images found, e.g. over pixels after one over latents; its ``start`` does not count, and
             of all searches only the last one's ``finish`` does.
@@ -72,6 +74,7 @@ class Plan:
     start: Start = starts.uniform
     space: Space = field(default_factory=Space)
     consensus: float = 0.0
+    sharpness: float = math.inf
     finish: Callable[[Tensor], Tensor] = lambda images: images
     then: Plan | None = None
 

@@ -13,6 +13,7 @@ from torch.func import grad_and_value, vjp, vmap
 from flpriv.attacks.inversion.channel import through
 from flpriv.attacks.inversion.evidence import Evidence
 from flpriv.attacks.inversion.plan import Plan
+from flpriv.attacks.inversion.smoothing import smoothed
 from flpriv.attacks.inversion.unroll import Replay
 
 
@@ -32,6 +33,7 @@ class Problems:
         defenses: what altered the updates, where known.
         batched: whether to use ``vmap``.
         mean: ``(P, N, C, *spatial)``, where group consistency draws each trial to.
+        told: for each hint of the plan what it is told, each tensor ``(P, …)``.
     """
 
     site: Replay
@@ -42,30 +44,36 @@ class Problems:
     defenses: Sequence[tuple[str, Mapping[str, Any]]] | None = None
     batched: bool = False
     mean: Tensor | None = None
+    told: tuple[tuple[Tensor, ...], ...] = ()
 
     def __call__(self, trials: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
         """Values ``(A,)`` and slopes ``(A, …)`` of trials for the problems ``rows``."""
         mean = self.mean[rows] if self.mean is not None else trials[:, :0]
         if self.batched:
             targets = [target[rows] for target in self.targets]
-            values, slopes = vmap(self._one, chunk_size=self._chunk())(trials, self.labels[rows], targets, mean)
+            told = [[one[rows] for one in hint] for hint in self.told]
+            values, slopes = vmap(self._one, chunk_size=self._chunk())(trials, self.labels[rows], targets, mean, told)
             return values, slopes
         done = [
-            self._one(trial, self.labels[row], [target[row] for target in self.targets], near)
+            self._one(
+                trial, self.labels[row], [t[row] for t in self.targets], near, [[one[row] for one in hint] for hint in self.told]
+            )
             for trial, row, near in zip(trials, rows.tolist(), mean, strict=True)
         ]
         return torch.stack([value for value, _ in done]), torch.stack([slope for _, slope in done])
 
     def matching(self, trials: Tensor, rows: Tensor) -> Tensor:
         """How far each trial's update is from the observed one, without any regulariser; ``(A,)``."""
-        bare = replace(self, plan=replace(self.plan, regularisers=(), consensus=0.0))
+        bare = replace(self, plan=replace(self.plan, regularisers=(), hints=(), consensus=0.0), told=())
         return bare(trials, rows)[0]
 
     def images(self, trials: Tensor) -> Tensor:
         """The images that trials of all problems stand for, ``(P, N, C, *spatial)``."""
         return torch.stack([self.plan.space.decode(t, y)[0].detach() for t, y in zip(trials, self.labels, strict=True)])
 
-    def _one(self, trial: Tensor, labels: Tensor, target: list[Tensor], mean: Tensor) -> tuple[Tensor, Tensor]:
+    def _one(
+        self, trial: Tensor, labels: Tensor, target: list[Tensor], mean: Tensor, told: list[list[Tensor]]
+    ) -> tuple[Tensor, Tensor]:
         """Value and slope of one trial. In two steps, so that the objective's own graph stays as small as the update."""
 
         def forward(trial: Tensor) -> tuple[list[Tensor], Tensor]:
@@ -79,6 +87,8 @@ class Problems:
             value = compare(moved)
             for weight, penalty in self.plan.regularisers:
                 value = value + weight * penalty(images)
+            for hint, known in zip(self.plan.hints, told, strict=True):
+                value = value + hint.weight * hint.penalty(images, known)
             if self.plan.consensus:
                 value = value + self.plan.consensus * (images - mean).square().mean()
             return value
@@ -110,12 +120,15 @@ def assemble(group: Sequence[Evidence], labels: Tensor, plan: Plan) -> Problems:
     everywhere = range(len(first.target))
     places = tuple(p for p in everywhere if any(bool(evidence.target[p].any()) for evidence in group)) or tuple(everywhere)
     targets = tuple(torch.stack([evidence.target[p] for evidence in group]).repeat_interleave(each, 0) for p in places)
+    asked = [(evidence, given) for evidence, rows in zip(group, labels.view(len(group), each, -1), strict=True) for given in rows]
+    told = [[hint.read(evidence, given) for evidence, given in asked] for hint in plan.hints]
     return Problems(
-        site=first.site,
+        site=replace(first.site, model=smoothed(first.site.model, plan.sharpness)),
         places=places,
         targets=targets,
         labels=labels,
         plan=plan,
         defenses=first.seen.defenses,
         batched=labels.device.type == "cuda",
+        told=tuple(tuple(map(torch.stack, zip(*all, strict=True))) for all in told),
     )
