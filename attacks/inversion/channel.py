@@ -2,13 +2,13 @@
 
 A compressed update does not say what the update was, only where it lies: below a threshold, within half a step, on one side of
 zero. Compared as it stands, it calls the truth itself wrong. Here the trial is moved first: every difference that the compression
-may have made is forgiven, and what is left contradicts the update. In order of the sites' defences:
+may have made is forgiven, and what is left contradicts the update. In this order:
 
+- :func:`clipped` (Gaussian, Laplace): the trial is clipped as the update was;
 - :func:`sparse` (top-k): of an entry that was not sent, only what exceeds the smallest one sent counts. QSGD after top-k sends
   zeros of its own, which say more than they hide: then all entries are compared;
 - :func:`rounded` (uniform quantiser): only what is further away than half a step counts;
-- :func:`signs` (signSGD): entries become their signs, smoothly;
-- :func:`clipped` (Gaussian, Laplace): the trial is clipped as the update was.
+- :func:`signs` (signSGD): entries become their signs, smoothly.
 
 Noise without a bias (QSGD's rounding, Gaussian and Laplace noise) is left to the objective, which averages it out. The objective
 then counts by the share of the update that is signal, so that what is known of images counts the more.
@@ -33,8 +33,8 @@ Channel = Callable[[Sequence[Tensor]], list[Tensor]]
 
 _TIGHT = 3.0
 """How much more a difference counts that no rounding explains."""
-_RIGHT, _WRONG = 0.05, 0.2
-"""Over how much of a tensor's magnitude a sign changes: from zero to right, and from zero to wrong."""
+_RIGHT, _WRONG = 0.03, 0.1
+"""Over how much of a tensor's mean magnitude a sign changes: from zero to right, and from zero to wrong."""
 
 
 def through(
@@ -55,43 +55,47 @@ def through(
     Raises:
         FlprivError: if a defence comes without an option that says how strong it is.
     """
-    channels: list[Channel] = []
-    noise, blur, coarse = target[0].new_zeros(()), 0.0, False
+    clips: list[Channel] = []
+    masks: list[Channel] = []
+    grids: list[Channel] = []
+    noise, blur, after = target[0].new_zeros(()), 0.0, set[str]()
     for name, options in reversed(defenses or ()):
         if name in ("gaussian", "laplace"):
             limit = _option(name, options, "max_grad_norm") / lr
-            channels.append(clipped(limit=limit))
+            clips.append(clipped(limit=limit))
             if multiplier := _option(name, options, "noise_multiplier"):
                 noise = noise + sum((o != 0).sum() for o in target) * (multiplier * limit) ** 2
                 blur = hypot(blur, 4 * multiplier * limit)
-        elif name == "top-k" and not coarse:
-            channels.append(sparse(target, blur=blur))
+        elif name == "top-k" and "qsgd" not in after:
+            masks.append(sparse(target, blur=blur, signed="sign-sgd" in after))
         elif name == "sign-sgd":
-            channels.append(signs(target, blur=blur))
+            grids.append(signs(target, blur=blur))
         elif name == "uniform-quantiser":
-            channels.append(rounded(target, bits=int(_option(name, options, "bits"))))
+            grids.append(rounded(target, bits=int(_option(name, options, "bits"))))
         elif name == "qsgd":
-            coarse = True
             noise = noise + rounding_noise(target, levels=int(_option(name, options, "levels")))
+        after.add(name)
     energy = torch.stack([o.square().sum() for o in target]).sum()
     signal = (1 - noise / energy.clamp_min(torch.finfo(energy.dtype).tiny)).clamp(0.02, 1.0)
 
     def compare(trial: Sequence[Tensor]) -> Tensor:
-        for channel in reversed(channels):
+        for channel in (*clips, *masks, *grids):
             trial = channel(trial)
         return signal * base(trial, target)
 
     return compare
 
 
-def sparse(observed: Sequence[Tensor], *, blur: float = 0.0) -> Channel:
+def sparse(observed: Sequence[Tensor], *, blur: float = 0.0, signed: bool = False) -> Channel:
     """Entries that were not sent are free up to the smallest magnitude sent in their tensor; beyond it they are compared with 0.
 
     Args:
         observed: the update.
         blur: magnitudes up to this one count as not sent; for noise that was added after.
+        signed: only signs were sent of the rest: then its mean magnitude takes the place of the smallest.
     """
-    free = [torch.where(o.abs() > blur, 0.0, _smallest(o, blur)) for o in observed]
+    least = _mean if signed else _smallest
+    free = [torch.where(o.abs() > blur, 0.0, least(o, blur)) for o in observed]
     # Where an entry is forgiven, trial and observed update are both 0, and so is any objective's slope: the clamp needs none.
     return lambda trial: [t - t.detach().clamp(-f, f) for t, f in zip(trial, free, strict=True)]
 
@@ -118,13 +122,14 @@ def signs(observed: Sequence[Tensor], *, blur: float = 0.0) -> Channel:
         blur: magnitudes up to this one count as 0; for noise that was added after.
     """
     sent = [o * (o.abs() > blur) for o in observed]
-    sizes = [(s.abs().sum() / (s != 0).sum().clamp_min(1)).clamp_min(torch.finfo(s.dtype).tiny) for s in sent]
+    sizes = [s.abs().sum() / (s != 0).sum().clamp_min(1) for s in sent]
+    means = [_mean(o, blur).clamp_min(1e-12) for o in observed]
 
-    def sign(t: Tensor, s: Tensor, size: Tensor) -> Tensor:
-        slope = torch.where(t.detach() * s > 0, 1 / (_RIGHT * size), 1 / (_WRONG * size))
+    def sign(t: Tensor, s: Tensor, size: Tensor, mean: Tensor) -> Tensor:
+        slope = torch.where(t.detach() * s > 0, 1 / (_RIGHT * mean), 1 / (_WRONG * mean))
         return size * torch.tanh(slope * t)
 
-    return lambda trial: [sign(t, s, size) for t, s, size in zip(trial, sent, sizes, strict=True)]
+    return lambda trial: [sign(*parts) for parts in zip(trial, sent, sizes, means, strict=True)]
 
 
 def clipped(*, limit: float) -> Channel:
@@ -181,6 +186,12 @@ def _smallest(observed: Tensor, above: float) -> Tensor:
     size = observed.abs()
     least = torch.where(size > above, size, torch.inf).amin()
     return torch.where(least.isinf(), 0.0, least)
+
+
+def _mean(observed: Tensor, above: float) -> Tensor:
+    """The mean magnitude, before ``sign-sgd``, of the entries whose signs were sent: it sends the mean over all entries."""
+    sent = observed.abs() > above
+    return (observed.abs() * sent).sum() * observed.numel() / sent.sum().clamp_min(1).square()
 
 
 def _option(name: str, options: Mapping[str, Any], key: str) -> float:

@@ -80,7 +80,8 @@ def _first(model: nn.Module, images: Tensor) -> tuple[str, nn.Module, Tensor]:
 
 def _rectified(model: nn.Module, layer: nn.Module, images: Tensor) -> bool:
     outputs, slopes = slopes_at(model, layer, images, torch.zeros(len(images), dtype=torch.long))
-    return not bool(slopes[outputs < 0].any()) and bool(slopes[outputs > 0].any())
+    heard = (slopes != 0)[outputs > 0]
+    return not bool(slopes[outputs < 0].any()) and int(heard.sum()) > len(heard) / 2
 
 
 def slopes_at(model: nn.Module, layer: nn.Module, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:

@@ -10,6 +10,7 @@ from flpriv.progress import tell
 
 _CHUNK = 1000
 _SPARE = 2
+SPREAD = 1.0
 """Sampled neurons beyond those that fix a kernel: chance kernels do not pass them."""
 
 
@@ -62,7 +63,7 @@ def agreement_of(sends: Tensor, on: Tensor) -> Tensor:
 def _sample(mix: Mixture, frame: Tensor, rng: torch.Generator, seen: set[bytes]) -> tuple[Tensor, Tensor]:
     """Kernels ``(N, B)`` from one chunk of samples and where they are silent ``(N, M)``, but those ``seen`` before."""
     rows, size = mix.left / mix.left.norm(dim=1, keepdim=True), mix.images - 1 + _SPARE
-    off = _off_between(mix, rng)
+    off = _off_together(mix, frame, rng)
     if len(off) < size:
         return torch.zeros((0, mix.images)), torch.zeros((0, len(rows)), dtype=torch.bool)
     chosen = rows[off[torch.rand((_CHUNK, len(off)), generator=rng).topk(size).indices]]
@@ -76,12 +77,15 @@ def _sample(mix: Mixture, frame: Tensor, rng: torch.Generator, seen: set[bytes])
     return kernels[new], silent[new]
 
 
-def _off_between(mix: Mixture, rng: torch.Generator) -> Tensor:
-    """Neurons that are off at a point between the images, and so for the images near it: a mean over a few neurons."""
+def _off_together(mix: Mixture, frame: Tensor, rng: torch.Generator) -> Tensor:
+    """Neurons that are off at a point between the images, a mean over a few neurons, or somewhat aside: so for images near it."""
     some = torch.randint(len(mix.left), (int(torch.randint(1, 9, (1,), generator=rng)),), generator=rng)
     sums = mix.left[some] @ mix.ones
-    point = sums @ mix.left[some] / sums.square().sum()
-    return (mix.weight @ point + mix.bias < 0).nonzero().flatten()
+    answers = mix.weight @ (sums @ mix.left[some] / sums.square().sum()) + mix.bias
+    aside = frame @ torch.randn(mix.images, generator=rng, dtype=torch.float64) / mix.images**0.5
+    reach = SPREAD * float(torch.rand((), generator=rng)) * float(answers.norm()) / len(answers) ** 0.5
+    off: Tensor = (answers + reach * aside < 0).nonzero().flatten()
+    return off
 
 
 def _new(silent: Tensor, kind: bytes, seen: set[bytes]) -> list[int]:

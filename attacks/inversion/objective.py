@@ -30,7 +30,7 @@ def squared(trial: Sequence[Tensor], observed: Sequence[Tensor]) -> Tensor:
 
 
 def relative(trial: Sequence[Tensor], observed: Sequence[Tensor]) -> Tensor:
-    """``|trial - observed|² / |observed|²`` over all tensors together, ≥ 0: 0 for equal updates, 1 for a trial without any update.
+    """``|trial - observed|² / |observed|²`` over all tensors together, ≥ 0; 1 for a trial without any update.
 
     :func:`squared` in a unit that does not depend on the network, so that weights of regularisers carry over.
     """

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.func import grad_and_value, vjp, vmap
 
-from flpriv.attacks.inversion.channel import through
+from flpriv.attacks.inversion.channel import recognise, through
 from flpriv.attacks.inversion.evidence import Evidence
 from flpriv.attacks.inversion.plan import Plan
 from flpriv.attacks.inversion.smoothing import smoothed
@@ -30,7 +30,7 @@ class Problems:
         targets: per compared parameter ``(P, *shape)``.
         labels: ``(P, images)``.
         plan: the parts of the objective.
-        defenses: what altered the updates, where known.
+        defenses: what altered the updates, as far as it is known or shows.
         batched: whether to use ``vmap``.
         mean: ``(P, N, C, *spatial)``, where group consistency draws each trial to.
         told: for each hint of the plan what it is told, each tensor ``(P, …)``.
@@ -45,6 +45,7 @@ class Problems:
     batched: bool = False
     mean: Tensor | None = None
     told: tuple[tuple[Tensor, ...], ...] = ()
+    _kept: dict[int, Callable[[Sequence[Tensor]], Tensor]] = field(init=False, repr=False, compare=False, default_factory=dict)
 
     def __call__(self, trials: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
         """Values ``(A,)`` and slopes ``(A, …)`` of trials for the problems ``rows``."""
@@ -55,9 +56,7 @@ class Problems:
             values, slopes = vmap(self._one, chunk_size=self._chunk())(trials, self.labels[rows], targets, mean, told)
             return values, slopes
         done = [
-            self._one(
-                trial, self.labels[row], [t[row] for t in self.targets], near, [[one[row] for one in hint] for hint in self.told]
-            )
+            self._by(self._comparison(row), trial, self.labels[row], near, [[one[row] for one in hint] for hint in self.told])
             for trial, row, near in zip(trials, rows.tolist(), mean, strict=True)
         ]
         return torch.stack([value for value, _ in done]), torch.stack([slope for _, slope in done])
@@ -74,14 +73,31 @@ class Problems:
     def _one(
         self, trial: Tensor, labels: Tensor, target: list[Tensor], mean: Tensor, told: list[list[Tensor]]
     ) -> tuple[Tensor, Tensor]:
+        return self._by(self._through(target), trial, labels, mean, told)
+
+    def _through(self, target: list[Tensor]) -> Callable[[Sequence[Tensor]], Tensor]:
+        return through(target, defenses=self.defenses, base=self.plan.objective, lr=self.site.recipe.lr)
+
+    def _comparison(self, row: int) -> Callable[[Sequence[Tensor]], Tensor]:
+        """How trials of a problem are compared, made once."""
+        if row not in self._kept:
+            self._kept[row] = self._through([target[row] for target in self.targets])
+        return self._kept[row]
+
+    def _by(
+        self,
+        compare: Callable[[Sequence[Tensor]], Tensor],
+        trial: Tensor,
+        labels: Tensor,
+        mean: Tensor,
+        told: list[list[Tensor]],
+    ) -> tuple[Tensor, Tensor]:
         """Value and slope of one trial. In two steps, so that the objective's own graph stays as small as the update."""
 
         def forward(trial: Tensor) -> tuple[list[Tensor], Tensor]:
             images, given = self.plan.space.decode(trial, labels)
             moved = self.site(images, given)
             return [moved[place] for place in self.places], images
-
-        compare = through(target, defenses=self.defenses, base=self.plan.objective, lr=self.site.recipe.lr)
 
         def total(moved: list[Tensor], images: Tensor) -> Tensor:
             value = compare(moved)
@@ -128,7 +144,7 @@ def assemble(group: Sequence[Evidence], labels: Tensor, plan: Plan) -> Problems:
         targets=targets,
         labels=labels,
         plan=plan,
-        defenses=first.seen.defenses,
+        defenses=recognise(first.target) if first.seen.defenses is None else first.seen.defenses,
         batched=labels.device.type == "cuda",
         told=tuple(tuple(map(torch.stack, zip(*all, strict=True))) for all in told),
     )

@@ -29,6 +29,7 @@ class ROG(MatchingAttack):
     whose updates are simulated, protected as the sites do and attacked in the same way.
 
     Args:
+        iterations: of the search, ≥ 1.
         lr: first step of Adam, on latents in [0, 1]; a cosine leads to a tenth of it.
         scale: pixels of the image for one of the latent, along each axis.
         restore: finish with the restoration network.

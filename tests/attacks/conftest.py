@@ -48,13 +48,19 @@ def federate(
     grant: tuple[str, ...] = (),
     public: Records | None = None,
     attack: Attack | None = None,
+    before: Records | None = None,
     seed: int = 0,
 ) -> Round:
-    """One round of one site. Labels are captured where ``know-labels`` is granted; ``attack`` sets its trap."""
+    """One round of one site. Labels are captured where ``know-labels`` is granted; ``attack`` sets its trap.
+
+    The model sent has been trained on ``before``, in train mode.
+    """
     shape = tuple(records.images.shape[1:])
     names = tuple(f"class {label}" for label in range(classes))
     task = Task(modality="xray", shape=shape, classes=names, model=model, options=options or {}, mean=mean, std=std)
     net = task.build(seed=seed)
+    if before is not None:
+        train(net, before, LocalRecipe(lr=0.02, batch_size=8, epochs=3), classes=classes, seed=seed)
     sent = {key: value.clone() for key, value in net.state_dict().items()}
     if attack is not None:
         trap = attack.trap(task, public=public, rng=torch.Generator().manual_seed(seed))
@@ -78,6 +84,23 @@ def federate(
     granted = threat("honest-but-curious" if attack is None else "malicious-server", grant=grant).granted
     capture = Capture(granted=granted, task=task, observations=(seen,), public=public)
     return Round(capture=capture, used=records.take(list(dict.fromkeys(rows))))
+
+
+@pytest.fixture
+def shallow(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Import path of a shallow network with batch normalisation, for images of 16 pixels and two classes."""
+    (tmp_path / "shallow_nets.py").write_text(
+        "from torch.nn import BatchNorm2d, Conv2d, Flatten, Linear, ReLU, Sequential\n\n"
+        "def net(momentum=0.1):\n"
+        "    return Sequential(\n"
+        "        Conv2d(1, 16, 3, padding=1), BatchNorm2d(16, momentum=momentum), ReLU(),\n"
+        "        Conv2d(16, 32, 3, stride=2, padding=1), BatchNorm2d(32, momentum=momentum), ReLU(),\n"
+        "        Flatten(), Linear(32 * 8 * 8, 2),\n"
+        "    )\n",
+        encoding="utf-8",
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    return "shallow_nets:net"
 
 
 @pytest.fixture(scope="session", name="federate")

@@ -25,7 +25,7 @@ Strategy = Literal[
 - ``"llg-star"``, ``"count"``: with the probabilities that images of one's own get from the model sent.
 - ``"count-along"``: with their mean over the models between the one sent and the one returned.
 - ``"own-feature"``: with the probabilities of the mean feature that the gradient itself shows; needs no images.
-- ``"unusual"``: the last counts, then exchanged one by one for those which need the least unusual features; for one step.
+- ``"unusual"``: such counts, then exchanged one by one for those which need the least unusual features; for one step.
 - ``"auto"``: the best measured for what is at hand.
 """
 
@@ -35,11 +35,23 @@ _MOST = 16
 
 
 def _auto(reading: Reading) -> Tensor:
+    """One image shows its label; else mean answers count, and features where they were measured to tell more.
+
+    They do so for one step whose counts are in doubt. Little doubt is enough where images are no more than classes, for the
+    gradient then holds an equation for each feature; where there is hardly any, counts stay if features explain them at all.
+    """
     if reading.images == 1 and float(reading.mark.min()) < -1e-5:
         return _one(reading)
-    if not reading.labelled and _whole_layer(reading):
-        return _own(reading)
-    return _unusual(reading) if _solvable(reading) else _along(reading)
+    doubt, few = float(_doubt(reading).max()), reading.images <= reading.classes
+    fit = _one_step(reading) and _whole_layer(reading) and 1 < reading.images <= _MOST
+    if not fit or reading.mark is not reading.gradient.bias or doubt <= (0.05 if few else 0.55):
+        return _mean(reading)
+    return _unusual(reading, content=0.0 if doubt > 0.25 else 5.0)
+
+
+def _mean(reading: Reading) -> Tensor:
+    """Noise answers like noise: without real images the gradient itself knows better what the images' features are."""
+    return _along(reading) if reading.labelled or not _whole_layer(reading) else _own(reading)
 
 
 def _one(reading: Reading) -> Tensor:
@@ -75,15 +87,17 @@ def _own(reading: Reading) -> Tensor:
     return _counted(reading, answers - torch.eye(reading.classes, dtype=answers.dtype))
 
 
-def _unusual(reading: Reading) -> Tensor:
+def _unusual(reading: Reading, *, content: float = 0.0) -> Tensor:
+    """Labels of the least unusual features; the mean's counts stay where their cost per number sought is at most ``content``."""
     weight, bias, features = _dense(reading, reading.gradient, "unusual")
     if not _one_step(reading) or reading.images > _MOST:
         raise FlprivError(f"labels.unusual: reads one local step of at most {_MOST} images without class weights; choose another")
-    start, among = _along(reading), _doubt(reading) > 0.1
+    start, among = _mean(reading), _doubt(reading) > 0.05
     if not bool(among.any()):
         return start
     riddle = puzzle(LastLayer(weight=weight, bias=bias), reading.sent, features, images=reading.images)
-    return least_unusual(riddle, start=start, among=among)
+    enough = content * reading.images * riddle.slopes.shape[1]
+    return start if content and riddle.cost(start) <= enough else least_unusual(riddle, start=start, among=among)
 
 
 def _minima(reading: Reading) -> Tensor:
@@ -108,22 +122,13 @@ def _row_sums(reading: Reading) -> Tensor:
 
 
 def _doubt(reading: Reading) -> Tensor:
-    """Standard error of counts, ``(classes,)`` images, by the spread of the guesses' probabilities."""
-    return reading.answers.std(0, correction=0).mul(reading.images**0.5)
+    """Standard error of counts, ``(classes,)`` images, by the spread of the guesses' probabilities; noise spreads too little."""
+    wider = 1.0 if reading.labelled else 4.0
+    return reading.answers.std(0, correction=0).mul(wider * reading.images**0.5)
 
 
 def _one_step(reading: Reading) -> bool:
     return reading.site.recipe.loss == "cross-entropy" and len(reading.site.batches) == 1
-
-
-def _solvable(reading: Reading) -> bool:
-    """Whether features tell more than mean probabilities do: measured for one step whose counts are in doubt.
-
-    Little doubt is enough where images are no more than classes, for the gradient then holds an equation for each feature.
-    """
-    enough = 0.25 if reading.images <= reading.classes else 0.55
-    fit = _one_step(reading) and _whole_layer(reading) and 1 < reading.images <= _MOST
-    return fit and reading.mark is reading.gradient.bias and float(_doubt(reading).max()) > enough
 
 
 def _whole_layer(reading: Reading) -> bool:
