@@ -24,11 +24,11 @@ class BNAware(MatchingAttack):
 
     Batch statistics go out with every reply of a site that trains in train mode; one that trains in eval mode sends none, and the
     search goes without. It begins at the mean public image, where the adversary holds public images. Published with 40,000
-    iterations.
+    iterations and a ``bn`` of .1 beside 1e-3 times the absolute squared distance; here it counts as a share of the update's own.
 
     Args:
-        distance: how updates are compared; published is ``"l2"``, as a share of the update's own square here. It fails on trained
-            models, whose small updates are far from those of any first trial; ``"cosine"`` does not mind.
+        distance: how updates are compared, published ``"l2"``. It fails on trained models, whose small updates are far from those
+            of any first trial; ``"cosine"`` does not mind.
         lr: first step of Adam, on images in [0, 1].
         bn: weight of the distance to the batch statistics of the update, ≥ 0; they are exact, so more does no harm.
         tv: weight of the total variation, ≥ 0.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from math import prod
 
 import torch
 from torch import Tensor, nn
@@ -56,8 +57,8 @@ class Equations:
 def solve(equations: Equations) -> Tensor | None:
     """The inputs nearest to both kinds of equations; ``None`` where these leave some input open."""
     e = equations
-    by_output = _normal(e.trust, lambda unit: e.back(unit, e.weight))
-    by_weight = _normal(torch.ones_like(e.weight), lambda unit: e.back(e.slopes, unit))
+    by_output = _normal(e.trust, lambda unit: e.back(unit, e.weight), unknowns=prod(e.shape))
+    by_weight = _normal(torch.ones_like(e.weight), lambda unit: e.back(e.slopes, unit), unknowns=prod(e.shape))
     scale = (
         float(by_output.trace() / by_weight.trace().clamp_min(1e-300)) * e.weight.numel() / max(int(e.trust.count_nonzero()), 1)
     )
@@ -75,12 +76,12 @@ def solve(equations: Equations) -> Tensor | None:
     return inputs
 
 
-def _normal(trust: Tensor, pull: Callable[[Tensor], Tensor]) -> Tensor:
+def _normal(trust: Tensor, pull: Callable[[Tensor], Tensor], *, unknowns: int) -> Tensor:
     """The sum of the outer products of the equations times ``trust``²; each is ``pull`` of a unit vector in the shape of that."""
-    total: Tensor | None = None
+    total = torch.zeros((unknowns, unknowns), dtype=torch.float64)
     for places in torch.split(trust.flatten().nonzero().flatten(), _ROWS):
         units = torch.zeros((len(places), trust.numel()), dtype=torch.float64)
         units[torch.arange(len(places)), places] = trust.flatten()[places]
         rows = vmap(pull)(units.view(-1, *trust.shape)).flatten(1)
-        total = rows.T @ rows if total is None else total.addmm_(rows.T, rows)
-    return total if total is not None else torch.zeros((), dtype=torch.float64)
+        total.addmm_(rows.T, rows)
+    return total

@@ -23,12 +23,13 @@ class SeeThroughGradients(MatchingAttack):
     """GradInversion: images kept to the running statistics of the model sent, and restarts drawn to what they agree on.
 
     Running statistics are a prior worth having for large batches and from the second round on: an untrained model has gathered
-    none, and few images are not what the many were. Published with 20,000 iterations.
+    none, and few images are not what the many were. Published with 20,000 iterations, and with weights of .1 (``bn``) and .01
+    (``group``) for an absolute squared distance; here it counts as a share of the update's own square.
 
     Args:
         restarts: searches from fresh starts for each update, ≥ 1; what they agree on draws them together.
-        distance: how updates are compared; published is ``"l2"``, as a share of the update's own square here. It fails on trained
-            models, whose small updates are far from those of any first trial; ``"cosine"`` does not mind.
+        distance: how updates are compared, published ``"l2"``. It fails on trained models, whose small updates are far from those
+            of any first trial; ``"cosine"`` does not mind.
         lr: first step of Adam, on images in [0, 1].
         langevin: noise on the slope, in units of the step, ≥ 0.
         tv: weight of the total variation, ≥ 0.
@@ -47,7 +48,7 @@ class SeeThroughGradients(MatchingAttack):
     tv: Annotated[float, Field(ge=0)] = 1e-4
     norm: Annotated[float, Field(ge=0)] = 1e-6
     bn: Annotated[float, Field(ge=0)] = 1e-3
-    group: Annotated[float, Field(ge=0)] = 0.01
+    group: Annotated[float, Field(ge=0)] = 1.0
 
     def plan(self, evidence: Evidence, capture: Capture, *, rng: torch.Generator) -> Plan:
         """Cosine schedule from uniform noise; restarts that are alone have nobody to agree with."""

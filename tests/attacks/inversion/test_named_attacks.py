@@ -30,7 +30,7 @@ SEARCHES: Mapping[str, Mapping[str, Any]] = {
     "bn-aware": {},
 }
 LEAST = {"modern-inverting-gradients": 25, "inverting-gradients": 28, "see-through-gradients": 30}
-"""PSNR in dB after 150 evaluations; 35 for the others. Strong total variation costs precision."""
+"""PSNR in dB after 150 evaluations; 35 for the others. Total variation and noise cost precision."""
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 
 
