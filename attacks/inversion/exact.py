@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import one_hot
 
-from flpriv.attacks.inversion import dense_relu, linear_layer, r_gap
+from flpriv.attacks.inversion import dense_relu, layer_peeling, linear_layer, r_gap
 from flpriv.attacks.inversion.first_layer import FirstLayer, first_layer, images_behind
 from flpriv.attacks.inversion.unroll import Replay, batches, replay
 from flpriv.capture import Capture, Observation
@@ -20,6 +20,7 @@ from flpriv.task import Task
 
 _UNKNOWNS = 4096
 _SAMPLES = 60_000
+_EVALUATIONS = 400
 _EXACT = 1e-3
 """Largest part of an update that an exact inversion may leave unexplained, beyond the rounding of float32."""
 
@@ -28,31 +29,48 @@ def invert_exactly(capture: Capture, observation: Observation, *, rng: torch.Gen
     """The images behind an update, where architecture and recipe let them be computed rather than searched for.
 
     A dense first layer gives up a single image whatever the number of local steps and, before a ReLU, a whole batch if every
-    step sees it; R-GAP takes a single image out of one step through convolutions. Replaying the round on what was found must
-    give the update back: the ``objective`` of a claim is the relative error of that, up to scale, at most .001 and rounding.
-    ``None`` otherwise: in a moment where the architecture allows nothing, within seconds elsewhere.
+    step sees it; from one step through convolutions, R-GAP takes a single image and layer peeling fewer images than classes.
+    Replaying the round on what was found must give the update back: the ``objective`` of a claim is the relative error of that,
+    up to scale, at most .001 and rounding. ``None`` otherwise: in a moment where the architecture allows nothing, within seconds
+    elsewhere.
 
     Args:
         capture: whose task it is.
         observation: the update; with its local recipe, or nothing can be replayed.
-        rng: for the samples of ``dense-relu``.
+        rng: for the samples of ``dense-relu`` and the first trials of ``layer-peeling``.
     """
     seen, task = observation, capture.task
     images = images_behind(seen)
     if seen.local is None or seen.local.optimizer != "sgd" or seen.node is None or seen.trap or images is None:
         return None
-    layer = _dense(task)
-    steps = batches(seen.local, examples=seen.examples)
-    if layer is not None and images == 1:
-        claim = linear_layer.invert(task, seen, layer)
-    elif layer is not None and layer.rectified and images < layer.neurons and len(set(steps)) == 1:
-        claim = dense_relu.invert(task, seen, layer, rng=rng, samples=_SAMPLES, agreement=0.95)
-    elif layer is None and steps == ((0,),) and (stages := _stages(task)) is not None:
-        claim = r_gap.invert(task, seen, stages)
-    else:
-        return None
     site = replay(task, seen.sent, recipe=seen.local, examples=seen.examples, device=torch.device("cpu"))
-    return _verified(claim, site, seen)
+    claims = (way(capture, seen, images, rng) for way in (_by_first_layer, _by_every_layer, _by_last_layer))
+    return next((right for claim in claims if claim is not None and (right := _verified(claim, site, seen)) is not None), None)
+
+
+def _by_first_layer(capture: Capture, seen: Observation, images: int, rng: torch.Generator) -> Reconstruction | None:
+    layer = _dense(capture.task)
+    if layer is not None and images == 1:
+        return linear_layer.invert(capture.task, seen, layer)
+    if layer is not None and layer.rectified and images < layer.neurons and len(set(_steps(seen))) == 1:
+        return dense_relu.invert(capture.task, seen, layer, rng=rng, samples=_SAMPLES, agreement=0.95)
+    return None
+
+
+def _by_every_layer(capture: Capture, seen: Observation, images: int, rng: torch.Generator) -> Reconstruction | None:
+    stages = _stages(capture.task) if _steps(seen) == ((0,),) else None
+    return r_gap.invert(capture.task, seen, stages) if stages is not None else None
+
+
+def _by_last_layer(capture: Capture, seen: Observation, images: int, rng: torch.Generator) -> Reconstruction | None:
+    if len(_steps(seen)) > 1 or images >= len(capture.task.classes) or layer_peeling.obstacle(capture.task) is not None:
+        return None
+    return layer_peeling.invert(capture, seen, rng=rng, iterations=_EVALUATIONS, restarts=0)
+
+
+def _steps(seen: Observation) -> tuple[tuple[int, ...], ...]:
+    assert seen.local is not None
+    return batches(seen.local, examples=seen.examples)
 
 
 def suits(task: Task) -> str | None:
@@ -66,6 +84,10 @@ def suits(task: Task) -> str | None:
         return "The first layer is dense: updates of a single image are inverted exactly."
     if _stages(task) is not None:
         return "The layers can be inverted one by one: one step on a single image is inverted exactly where ranks allow it."
+    if layer_peeling.obstacle(task) is None:
+        return (
+            "The layers can be peeled from the last one: one step on fewer images than classes is inverted where ranks allow it."
+        )
     return None
 
 

@@ -196,12 +196,14 @@ class LBFGS:
         first: longest change of an entry in the first step.
         box: keep trials in [0, 1].
         patience: a problem ends when it has not improved by a thousandth in so many evaluations.
+        enough: a problem ends when its value is no more than this.
     """
 
     history: int = 20
     first: float = 0.1
     box: bool = True
     patience: int = 40
+    enough: float = 0.0
 
     def minimise(
         self,
@@ -242,7 +244,7 @@ class LBFGS:
             fresh = torch.cat([yes, no[stuck[no] == 6]])
             along[fresh], stride[fresh] = self._direction(here[fresh], slope[fresh], pairs, fresh)
             log.tell(iteration + 1, {})
-            active = active[~(log.done()[active] | (stuck[active] >= 14))]
+            active = active[~(log.done()[active] | (stuck[active] >= 14) | (log.value[active] <= self.enough))]
             if not len(active):
                 break
         return log.end()

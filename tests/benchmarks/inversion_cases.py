@@ -141,10 +141,9 @@ def case(
 
 
 def row(finding: Finding, names: Sequence[str]) -> str:
-    """Metrics of a finding in one line: value, 95 % interval, the better null."""
+    """Metrics of a finding whose names begin so, in one line: value, 95 % interval, the better null."""
     parts = []
-    for name in names:
-        metric = next(m for m in finding.metrics if m.name.startswith(name))
+    for metric in (metric for name in names for metric in finding.metrics if metric.name.startswith(name)):
         spread = f" [{metric.low:.3g}, {metric.high:.3g}]" if metric.low is not None and metric.high is not None else ""
         null = f" (null {metric.best_null:.3g})" if metric.best_null is not None else ""
         parts.append(f"{metric.name} {metric.value:.4g}{spread}{null}")
