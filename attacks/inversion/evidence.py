@@ -10,6 +10,7 @@ from torch import Tensor
 
 from flpriv.attacks.inversion.labels import recover
 from flpriv.attacks.inversion.objective import cosine
+from flpriv.attacks.inversion.order import Order, in_any_order, in_order, same_course
 from flpriv.attacks.inversion.unroll import Replay, replay
 from flpriv.capture import Capture, Observation
 from flpriv.errors import FlprivError
@@ -24,15 +25,20 @@ class Evidence:
         seen: the reply.
         site: replays the round on trial images.
         target: ``(W₀ - W_τ) / lr`` for each parameter in the order of ``site.start``, on the device of the replay.
-        labels: ``(images,)`` int64; in order of use where ``ordered``.
-        ordered: whether it is known, or does not matter, which images share a step.
+        order: of the images, on the CPU; where not ``ordered`` one of many, with the labels sorted.
+        ordered: whether it is known, or does not matter, which labels share a step.
     """
 
     seen: Observation
     site: Replay
     target: tuple[Tensor, ...]
-    labels: Tensor
+    order: Order
     ordered: bool
+
+    @property
+    def labels(self) -> Tensor:
+        """``(images,)`` int64 on the device of the replay; in order of first use where ``ordered``."""
+        return self.order.labels.to(self.target[0].device)
 
     @property
     def where(self) -> str:
@@ -84,9 +90,15 @@ def gather(
         )
     update = seen.update
     target = tuple(update[name].to(device) / -site.recipe.lr for name in site.start)
-    labels = _labels(capture, seen, site, target, rng, where).to(device)
-    ordered = Can.KNOW_ORDER in capture.granted or len(set(site.batches)) == 1
-    return Evidence(seen=seen, site=site, target=target, labels=labels, ordered=ordered)
+    told = seen.labels if seen.labels is not None and len(seen.labels) else None
+    if told is not None and len(told) != (uses := sum(map(len, site.batches))):
+        raise FlprivError(f"{where}: {len(told)} labels for {uses} uses of images; the sites do not follow the local recipe")
+    known = told is not None and Can.KNOW_ORDER in capture.granted
+    if told is None:
+        order = Order(labels=_recovered(capture, site, target, rng).cpu(), course=same_course(site))
+    else:
+        order = in_order(told.cpu(), site) if known else in_any_order(told.cpu(), site)
+    return Evidence(seen=seen, site=site, target=target, order=order, ordered=known or len(site.epoch) == 1)
 
 
 def sensitivity(evidence: Evidence, capture: Capture, *, rng: torch.Generator) -> float | None:
@@ -99,22 +111,14 @@ def sensitivity(evidence: Evidence, capture: Capture, *, rng: torch.Generator) -
     apart = []
     for _ in range(4):
         drawn = torch.randint(len(capture.public), (evidence.site.images,), generator=rng)
-        other = evidence.site(capture.public.take(drawn).images.to(evidence.labels.device), evidence.labels)
+        images = capture.public.take(drawn).images.to(evidence.labels.device)
+        other = evidence.site(images, evidence.labels, evidence.order.course.to(images.device))
         apart.append(float(cosine(other, evidence.target)))
     return sum(apart) / len(apart)
 
 
-def _labels(
-    capture: Capture, seen: Observation, site: Replay, target: Sequence[Tensor], rng: torch.Generator, where: str
-) -> Tensor:
-    """``(images,)`` int64 in order of first use where the order is granted, else sorted."""
-    if seen.labels is not None and len(seen.labels):
-        uses = sum(map(len, site.batches))
-        if len(seen.labels) != uses:
-            raise FlprivError(
-                f"{where}: {len(seen.labels)} labels for {uses} uses of images; the sites do not follow the local recipe"
-            )
-        return seen.labels[: site.images] if Can.KNOW_ORDER in capture.granted else seen.labels[:: uses // site.images]
+def _recovered(capture: Capture, site: Replay, target: Sequence[Tensor], rng: torch.Generator) -> Tensor:
+    """``(images,)`` int64, sorted, read from the update."""
     if capture.public is not None:
         public = capture.public.take(torch.randperm(len(capture.public), generator=rng)[:64])
         guesses, guessed = public.images, public.labels

@@ -18,6 +18,7 @@ from flpriv.attacks.inversion.plan import Plan
 from flpriv.attacks.inversion.problems import Problems
 from flpriv.attacks.inversion.search import Found
 from flpriv.attacks.inversion.stages import carry_out
+from flpriv.attacks.inversion.tournament import likeliest
 from flpriv.capture import Capture
 from flpriv.claim import Goal, Reconstruction
 from flpriv.state import fingerprint
@@ -29,12 +30,15 @@ class MatchingAttack(Attack):
     """An attack that searches for images whose update is the observed one. A named attack adds its :meth:`plan` alone.
 
     An update of several local steps is matched by replaying the steps on the trial. Labels that are not granted are read from
-    the last layer. Where the order of steps matters and is not granted, each restart draws one. Where the first layer is dense,
-    updates are inverted exactly before any search. Restarts are judged by the objective alone.
+    the last layer. Where the order of steps matters and is not granted, a contest of short searches finds the likeliest ones, one
+    for each restart. Where the first layer is dense, updates are inverted exactly before any search. Restarts are judged by the
+    objective alone.
 
     Args:
         iterations: of the search, ≥ 1.
         restarts: searches from fresh starts for each update, ≥ 1.
+        orders: orders of the local steps in the contest, ≥ 1; 1 draws one at random for each restart. Four images have no more
+            than 24. A contest takes 32 evaluations for each.
         exact: try exact inversion first, where the architecture allows it.
         rounds: which rounds to attack; none named means all.
         limit: attack no more than this many updates, in the order captured.
@@ -48,6 +52,7 @@ class MatchingAttack(Attack):
 
     iterations: Annotated[int, Field(ge=1)] = 1000
     restarts: Annotated[int, Field(ge=1)] = 1
+    orders: Annotated[int, Field(ge=1)] = 48
     exact: bool = True
     rounds: tuple[int, ...] = (1,)
     limit: Annotated[int, Field(ge=1)] | None = None
@@ -86,8 +91,17 @@ class MatchingAttack(Attack):
         first, restarts = group[0], self.restarts
         plan = self.plan(first, capture, rng=rng)
         shape = (first.site.images, *capture.task.shape)
-        labels = torch.stack([_in_order(evidence, rng) for evidence in group for _ in range(restarts)])
-        problems, found = carry_out(plan, group, labels, shape=shape, rng=rng, what=self.name, key=self._key(group))
+        key, device = self._key(group), first.labels.device
+        orders = [
+            order
+            for place, evidence in enumerate(group)
+            for order in likeliest(
+                evidence, orders=self.orders, wanted=restarts, shape=shape, rng=rng, what=self.name, key={**key, "place": place}
+            )
+        ]
+        labels = torch.stack([order.labels for order in orders]).to(device)
+        courses = torch.stack([order.course for order in orders]).to(device)
+        problems, found = carry_out(plan, group, labels, courses=courses, shape=shape, rng=rng, what=self.name, key=key)
         return [
             self._claim(evidence, found, slice(place * restarts, (place + 1) * restarts), problems, capture, rng)
             for place, evidence in enumerate(group)
@@ -119,12 +133,6 @@ def _alike(evidence: Evidence) -> object:
     """What updates share that can be matched in one computation."""
     seen, site = evidence.seen, evidence.site
     return fingerprint(seen.sent), site.batches, str(site.recipe), evidence.ordered, str(seen.defenses)
-
-
-def _in_order(evidence: Evidence, rng: torch.Generator) -> Tensor:
-    """The labels in order of use, a random one where none is known."""
-    labels = evidence.labels
-    return labels if evidence.ordered else labels[torch.randperm(len(labels), generator=rng).to(labels.device)]
 
 
 def _device(name: str) -> torch.device:

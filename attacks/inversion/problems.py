@@ -12,6 +12,7 @@ from torch.func import grad_and_value, vjp, vmap
 
 from flpriv.attacks.inversion.channel import recognise, through
 from flpriv.attacks.inversion.evidence import Evidence
+from flpriv.attacks.inversion.order import same_course
 from flpriv.attacks.inversion.plan import Plan
 from flpriv.attacks.inversion.smoothing import smoothed
 from flpriv.attacks.inversion.unroll import Replay
@@ -29,6 +30,7 @@ class Problems:
         places: which parameters are compared: those that any of the updates changed.
         targets: per compared parameter ``(P, *shape)``.
         labels: ``(P, images)``.
+        courses: ``(P, epochs, images)``, see :meth:`flpriv.attacks.inversion.unroll.Replay.__call__`.
         plan: the parts of the objective.
         defenses: what altered the updates, as far as it is known or shows.
         batched: whether to use ``vmap``.
@@ -40,6 +42,7 @@ class Problems:
     places: tuple[int, ...]
     targets: tuple[Tensor, ...]
     labels: Tensor
+    courses: Tensor
     plan: Plan
     defenses: Sequence[tuple[str, Mapping[str, Any]]] | None = None
     batched: bool = False
@@ -53,12 +56,13 @@ class Problems:
         if self.batched:
             targets = [target[rows] for target in self.targets]
             told = [[one[rows] for one in hint] for hint in self.told]
-            values, slopes = vmap(self._one, chunk_size=self._chunk())(trials, self.labels[rows], targets, mean, told)
+            given = self.labels[rows], self.courses[rows]
+            values, slopes = vmap(self._one, chunk_size=self._chunk())(trials, *given, targets, mean, told)
             return values, slopes
-        done = [
-            self._by(self._comparison(row), trial, self.labels[row], near, [[one[row] for one in hint] for hint in self.told])
-            for trial, row, near in zip(trials, rows.tolist(), mean, strict=True)
-        ]
+        done = []
+        for trial, row, near in zip(trials, rows.tolist(), mean, strict=True):
+            known = [[one[row] for one in hint] for hint in self.told]
+            done.append(self._by(self._comparison(row), trial, self.labels[row], self.courses[row], near, known))
         return torch.stack([value for value, _ in done]), torch.stack([slope for _, slope in done])
 
     def matching(self, trials: Tensor, rows: Tensor) -> Tensor:
@@ -71,9 +75,9 @@ class Problems:
         return torch.stack([self.plan.space.decode(t, y)[0].detach() for t, y in zip(trials, self.labels, strict=True)])
 
     def _one(
-        self, trial: Tensor, labels: Tensor, target: list[Tensor], mean: Tensor, told: list[list[Tensor]]
+        self, trial: Tensor, labels: Tensor, course: Tensor, target: list[Tensor], mean: Tensor, told: list[list[Tensor]]
     ) -> tuple[Tensor, Tensor]:
-        return self._by(self._through(target), trial, labels, mean, told)
+        return self._by(self._through(target), trial, labels, course, mean, told)
 
     def _through(self, target: list[Tensor]) -> Callable[[Sequence[Tensor]], Tensor]:
         return through(target, defenses=self.defenses, base=self.plan.objective, lr=self.site.recipe.lr)
@@ -89,6 +93,7 @@ class Problems:
         compare: Callable[[Sequence[Tensor]], Tensor],
         trial: Tensor,
         labels: Tensor,
+        course: Tensor,
         mean: Tensor,
         told: list[list[Tensor]],
     ) -> tuple[Tensor, Tensor]:
@@ -96,7 +101,7 @@ class Problems:
 
         def forward(trial: Tensor) -> tuple[list[Tensor], Tensor]:
             images, given = self.plan.space.decode(trial, labels)
-            moved = self.site(images, given)
+            moved = self.site(images, given, course)
             return [moved[place] for place in self.places], images
 
         def total(moved: list[Tensor], images: Tensor) -> Tensor:
@@ -124,13 +129,14 @@ class Problems:
         return max(1, int(0.6 * free) // max(1, each))
 
 
-def assemble(group: Sequence[Evidence], labels: Tensor, plan: Plan) -> Problems:
+def assemble(group: Sequence[Evidence], labels: Tensor, plan: Plan, *, courses: Tensor | None = None) -> Problems:
     """Updates of one model and course as problems, ``len(labels) / len(group)`` of each.
 
     Args:
         group: the updates.
         labels: ``(P, images)`` the labels of each problem, those of one update together.
         plan: the parts of the objective.
+        courses: ``(P, epochs, images)``; ``None`` for the same order in every epoch.
     """
     first, each = group[0], len(labels) // len(group)
     everywhere = range(len(first.target))
@@ -138,11 +144,14 @@ def assemble(group: Sequence[Evidence], labels: Tensor, plan: Plan) -> Problems:
     targets = tuple(torch.stack([evidence.target[p] for evidence in group]).repeat_interleave(each, 0) for p in places)
     asked = [(evidence, given) for evidence, rows in zip(group, labels.view(len(group), each, -1), strict=True) for given in rows]
     told = [[hint.read(evidence, given) for evidence, given in asked] for hint in plan.hints]
+    if courses is None:
+        courses = same_course(first.site).to(labels.device).expand(len(labels), -1, -1)
     return Problems(
         site=replace(first.site, model=smoothed(first.site.model, plan.sharpness)),
         places=places,
         targets=targets,
         labels=labels,
+        courses=courses,
         plan=plan,
         defenses=recognise(first.target) if first.seen.defenses is None else first.seen.defenses,
         batched=labels.device.type == "cuda",

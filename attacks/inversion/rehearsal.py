@@ -21,7 +21,7 @@ from flpriv.state import fingerprint
 def circumstances(evidence: Evidence, capture: Capture, *, seed: int) -> dict[str, Any]:
     """Plain data on which anything learned from simulated updates depends, but for the plan.
 
-    The model sent, the recipe, what is known of order and defences, and the public images; nothing of the update itself.
+    The model sent, the recipe, what is known of defences, and the public images; nothing of the update itself.
 
     Raises:
         FlprivError: without public images.
@@ -32,7 +32,6 @@ def circumstances(evidence: Evidence, capture: Capture, *, seed: int) -> dict[st
         "sent": fingerprint(evidence.seen.sent),
         "recipe": asdict(evidence.site.recipe),
         "batches": evidence.site.batches,
-        "ordered": evidence.ordered,
         "defenses": evidence.seen.defenses,
         "public": fingerprint({"images": public.images, "labels": public.labels}),
         "seed": seed,

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from flpriv.attacks.inversion.evidence import Evidence
 from flpriv.attacks.inversion.objective import cosine
+from flpriv.attacks.inversion.order import Order, same_course
 from flpriv.attacks.inversion.plan import Plan
 from flpriv.attacks.inversion.stages import carry_out
 from flpriv.capture import Capture
@@ -53,7 +54,7 @@ def simulate(plan: Plan, evidence: Evidence, capture: Capture, *, updates: int, 
     """Attack ``updates`` updates that public images would have given at the site of ``evidence``.
 
     They start from the model it was sent, follow its recipe and pass the defences it is known to use; what a defence does
-    inside training (``acts_on = "loop"``) is left out. Images are drawn without repetition while there are enough.
+    inside training (``acts_on = "loop"``) is left out, and labels and their order are taken to be known. Images are drawn without repetition while there are enough.
 
     Args:
         plan: how they are searched for; its ``finish`` is left out.
@@ -79,10 +80,11 @@ def simulate(plan: Plan, evidence: Evidence, capture: Capture, *, updates: int, 
         update = _protected(evidence, x, y, defenses, rng)
         target = tuple(value.to(device) / -evidence.site.recipe.lr for value in update.values())
         reply = replace(seen, returned=add(seen.sent, update), metrics={}, labels=None)
-        group.append(replace(evidence, seen=reply, target=target, labels=y))
-    given = [y if evidence.ordered else y[torch.randperm(each, generator=rng).to(device)] for y in labels]
+        group.append(
+            replace(evidence, seen=reply, target=target, order=Order(labels=y.cpu(), course=same_course(evidence.site)))
+        )
     problems, found = carry_out(
-        plan, group, torch.stack(given), shape=tuple(images[0].shape), rng=rng, what=what, key={"simulated": what}
+        plan, group, torch.stack(labels), shape=tuple(images[0].shape), rng=rng, what=what, key={"simulated": what}
     )
     claimed = problems.images(found.trials).clamp(0, 1)
     bare = replace(problems, plan=replace(problems.plan, objective=cosine))

@@ -21,6 +21,7 @@ def carry_out(
     group: Sequence[Evidence],
     labels: Tensor,
     *,
+    courses: Tensor | None = None,
     shape: tuple[int, ...],
     rng: torch.Generator,
     what: str,
@@ -32,6 +33,7 @@ def carry_out(
         plan: the first search.
         group: updates of one model and course.
         labels: ``(P, images)``, those of one update's restarts together.
+        courses: ``(P, epochs, images)``; ``None`` for the same order in every epoch.
         shape: of one trial's images, ``(N, C, *spatial)``.
         rng: for first trials and noise, on the CPU.
         what: for progress.
@@ -40,7 +42,7 @@ def carry_out(
     images = [plan.start(shape, rng).to(labels.device) for _ in labels]
     for place, stage in enumerate(plan.stages):
         trials = [stage.space.encode(one, given) for one, given in zip(images, labels, strict=True)]
-        problems = assemble(group, labels, stage)
+        problems = assemble(group, labels, stage, courses=courses)
         restarts = len(labels) // len(group)
         found = _search(problems, torch.stack(trials), rng, restarts=restarts, what=what, key={**key, "stage": place})
         images = list(problems.images(found.trials).clamp(0, 1))

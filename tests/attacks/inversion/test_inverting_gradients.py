@@ -92,10 +92,10 @@ def test_volumes_come_back(federate: Make, smooth: Make, psnr: Make) -> None:
     assert psnr(claim.images, done.used.images).item() >= 25
 
 
-def test_an_unknown_order_is_drawn_anew_by_each_restart(federate: Make, smooth: Make) -> None:
+def test_an_unknown_order_may_be_drawn(federate: Make, smooth: Make) -> None:
     recipe = LocalRecipe(lr=0.1, batch_size=1, steps=3, train_mode=False)
     done = federate(smooth(3, labels=3), recipe=recipe, classes=3, grant=("know-labels",))
-    orders = {tuple(invert(done.capture, seed=seed, iterations=2)[0].labels) for seed in range(12)}
+    orders = {tuple(invert(done.capture, seed=seed, iterations=2, orders=1)[0].labels) for seed in range(12)}
     assert len(orders) > 2 and all(sorted(order) == [0, 1, 2] for order in orders)
 
 
