@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -15,6 +15,9 @@ from flpriv.attacks.inversion.unroll import Replay, replay
 from flpriv.capture import Capture, Observation
 from flpriv.errors import FlprivError
 from flpriv.threat import Can
+
+_BLUR = 0.03
+"""Of the replay of Adam. Without any, 150 evaluations left one X-ray at 12 dB; with this much 30 dB, with ten times as much 25."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,6 +68,9 @@ def gather(
 ) -> Evidence:
     """The evidence in one reply.
 
+    Under a balanced loss the labels of all a site's records tell its class weights; of a part of them, weights are taken to be
+    equal.
+
     Args:
         capture: what else the adversary holds.
         seen: the reply.
@@ -98,6 +104,10 @@ def gather(
         order = Order(labels=_recovered(capture, site, target, rng).cpu(), course=same_course(site))
     else:
         order = in_order(told.cpu(), site) if known else in_any_order(told.cpu(), site)
+    if site.recipe.optimizer == "adam":
+        site = replace(site, blur=_BLUR)
+    if site.recipe.loss == "balanced-cross-entropy" and site.images == seen.examples:
+        site = replace(site, class_weights=_balanced(order.labels, len(capture.task.classes)).to(device))
     return Evidence(seen=seen, site=site, target=target, order=order, ordered=known or len(site.epoch) == 1)
 
 
@@ -126,3 +136,9 @@ def _recovered(capture: Capture, site: Replay, target: Sequence[Tensor], rng: to
         guesses, guessed = torch.rand((16, *capture.task.shape), generator=rng), torch.full((16,), -1)
     device = target[0].device
     return recover(site, target, classes=len(capture.task.classes), guesses=guesses.to(device), guessed=guessed.to(device))
+
+
+def _balanced(labels: Tensor, classes: int) -> Tensor:
+    """Weights of classes ``(classes,)`` among a site's records, ``N / (K N_c)`` for each of K that occur, else 0."""
+    counts = torch.bincount(labels, minlength=classes)
+    return torch.where(counts > 0, len(labels) / ((counts > 0).sum() * counts), 0.0)

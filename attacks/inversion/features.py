@@ -15,6 +15,8 @@ from flpriv.attacks.inversion.unroll import Replay
 
 def last_layer(site: Replay, *, classes: int) -> str | None:
     """The name of the last dense layer with a bias and one row a class, both of them trained; ``None`` where there is none."""
+    if site.recipe.optimizer != "sgd":
+        return None
     dense = [
         name for name, module in site.model.named_modules() if isinstance(module, nn.Linear) and module.out_features == classes
     ]

@@ -68,8 +68,7 @@ class MatchingAttack(Attack):
         """One claim for each update attacked, with ``labels`` and the ``objective``, scalar.
 
         Raises:
-            FlprivError: if there is no honest update in ``rounds``, if the sites do not train by SGD, or if an update is beyond
-                ``max_steps`` or ``max_images``.
+            FlprivError: if there is no honest update in ``rounds``, or an update is beyond ``max_steps`` or ``max_images``.
         """
         device = _device(self.device)
         claims: dict[int, Reconstruction] = {}

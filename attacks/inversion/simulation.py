@@ -99,7 +99,7 @@ def _protected(
     evidence: Evidence, images: Tensor, labels: Tensor, defenses: Sequence[Defense], rng: torch.Generator
 ) -> dict[str, Tensor]:
     """``W_τ - W₀`` after the defences, on the CPU."""
-    site = evidence.site
+    site = replace(evidence.site, blur=0.0)
     moved = (value.cpu() * -site.recipe.lr for value in site(images, labels))
     update: State = dict(zip(site.start, moved, strict=True))
     for defense in defenses:

@@ -161,8 +161,6 @@ def test_what_it_cannot_do_is_said(federate: Make, smooth: Make) -> None:
         invert(capture, max_steps=3)
     with pytest.raises(FlprivError, match=r"max_images = 2"):
         invert(capture, max_images=2)
-    with pytest.raises(FlprivError, match="adam"):
-        invert(replace(capture, observations=(replace(seen, local=LocalRecipe(optimizer="adam", steps=1)),)))
     with pytest.raises(FlprivError, match="3 labels for 4 uses"):
         invert(replace(capture, observations=(replace(seen, labels=torch.tensor([0, 1, 0])),)))
     with pytest.raises(FlprivError, match="no honest update"):
