@@ -26,10 +26,18 @@ def layers(site: Replay, state: State) -> dict[str, _BatchNorm]:
 
 
 def gathered(evidence: Evidence, labels: Tensor) -> list[Tensor]:
-    """The running :data:`Statistics` of the model sent; layers that have gathered none count 0. ``labels`` do not matter."""
+    """The running :data:`Statistics` of the model sent, freed of the initial ones; layers that have gathered none count 0.
+
+    After few batches running statistics are still close to the 0 and 1 they began with. ``labels`` do not matter.
+    """
     sent = evidence.seen.sent
-    known = [(sent[f"{name}.running_mean"], sent[f"{name}.running_var"]) for name in layers(evidence.site, sent)]
-    counts = [bool(mean.any()) or bool((var != 1).any()) for mean, var in known]
+    known, counts = [], []
+    for name, layer in layers(evidence.site, sent).items():
+        mean, var = sent[f"{name}.running_mean"], sent[f"{name}.running_var"]
+        kept = (1 - layer.momentum) ** _tracked(sent, name) if layer.momentum is not None else 0.0
+        counts.append(bool(mean.any()) or bool((var != 1).any()))
+        early = kept < 1 and bool((var > kept).all())
+        known.append((mean / (1 - kept), (var - kept) / (1 - kept)) if early else (mean, var))
     return _told(known, counts, labels)
 
 
@@ -42,8 +50,7 @@ def left(evidence: Evidence, labels: Tensor) -> list[Tensor]:
     sent, returned, site = evidence.seen.sent, evidence.seen.returned, evidence.site
     known, counts = [], []
     for name, layer in layers(site, sent).items():
-        seen = sent.get(f"{name}.num_batches_tracked")
-        kept = prod(1 - share for share in _shares(layer, site, seen=0 if seen is None else int(seen)))
+        kept = prod(1 - share for share in _shares(layer, site, seen=_tracked(sent, name)))
         pairs = [(sent[f"{name}.{what}"], returned[f"{name}.{what}"]) for what in ("running_mean", "running_var")]
         counts.append(any(not torch.equal(before, after) for before, after in pairs))
         mean, var = ((after - kept * before) / max(1 - kept, 1e-12) for before, after in pairs)
@@ -94,6 +101,11 @@ def apart(site: Replay, state: State, *, first: float = 1.0) -> Callable[[Tensor
 def _told(known: Sequence[tuple[Tensor, Tensor]], counts: Sequence[bool], like: Tensor) -> list[Tensor]:
     flat = [one.to(like.device) for pair in known for one in pair]
     return [*flat, torch.tensor([float(count) for count in counts], device=like.device)]
+
+
+def _tracked(state: State, name: str) -> int:
+    count = state.get(f"{name}.num_batches_tracked")
+    return 0 if count is None else int(count)
 
 
 def _shares(layer: _BatchNorm, site: Replay, *, seen: int = 0) -> list[float]:

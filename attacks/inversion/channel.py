@@ -33,8 +33,9 @@ Channel = Callable[[Sequence[Tensor]], list[Tensor]]
 
 _TIGHT = 3.0
 """How much more a difference counts that no rounding explains."""
-_RIGHT, _WRONG = 0.03, 0.1
-"""Over how much of a tensor's mean magnitude a sign changes: from zero to right, and from zero to wrong."""
+_SIGN, _LARGE = (0.03, 0.1), (0.2, 0.4)
+"""Over how much of a tensor's mean magnitude a sign changes, from zero to right and from zero to wrong; so too for signs of large
+entries alone, which the true update does not have near zero."""
 
 
 def through(
@@ -58,8 +59,10 @@ def through(
     clips: list[Channel] = []
     masks: list[Channel] = []
     grids: list[Channel] = []
-    noise, blur, after = target[0].new_zeros(()), 0.0, set[str]()
+    noise, blur = target[0].new_zeros(()), 0.0
+    names = [name for name, _ in defenses or ()]
     for name, options in reversed(defenses or ()):
+        before, after = names[: names.index(name)], names[names.index(name) + 1 :]
         if name in ("gaussian", "laplace"):
             limit = _option(name, options, "max_grad_norm") / lr
             clips.append(clipped(limit=limit))
@@ -69,12 +72,11 @@ def through(
         elif name == "top-k" and "qsgd" not in after:
             masks.append(sparse(target, blur=blur, signed="sign-sgd" in after))
         elif name == "sign-sgd":
-            grids.append(signs(target, blur=blur))
+            grids.append(signs(target, blur=blur, large="top-k" in before))
         elif name == "uniform-quantiser":
             grids.append(rounded(target, bits=int(_option(name, options, "bits"))))
         elif name == "qsgd":
             noise = noise + rounding_noise(target, levels=int(_option(name, options, "levels")))
-        after.add(name)
     energy = torch.stack([o.square().sum() for o in target]).sum()
     signal = (1 - noise / energy.clamp_min(torch.finfo(energy.dtype).tiny)).clamp(0.02, 1.0)
 
@@ -111,7 +113,7 @@ def rounded(observed: Sequence[Tensor], *, bits: int) -> Channel:
     return lambda trial: [beyond(t, o, half) for t, o, half in zip(trial, observed, halves, strict=True)]
 
 
-def signs(observed: Sequence[Tensor], *, blur: float = 0.0) -> Channel:
+def signs(observed: Sequence[Tensor], *, blur: float = 0.0, large: bool = False) -> Channel:
     """Entries become their signs, smoothly, times the magnitude sent.
 
     The smooth sign is steep on the side that is right, where small entries of the true update shall count as right as large ones
@@ -120,13 +122,15 @@ def signs(observed: Sequence[Tensor], *, blur: float = 0.0) -> Channel:
     Args:
         observed: the update.
         blur: magnitudes up to this one count as 0; for noise that was added after.
+        large: only large entries were sent at all.
     """
+    right, wrong = _LARGE if large else _SIGN
     sent = [o * (o.abs() > blur) for o in observed]
     sizes = [s.abs().sum() / (s != 0).sum().clamp_min(1) for s in sent]
     means = [_mean(o, blur).clamp_min(1e-12) for o in observed]
 
     def sign(t: Tensor, s: Tensor, size: Tensor, mean: Tensor) -> Tensor:
-        slope = torch.where(t.detach() * s > 0, 1 / (_RIGHT * mean), 1 / (_WRONG * mean))
+        slope = torch.where(t.detach() * s > 0, 1 / (right * mean), 1 / (wrong * mean))
         return size * torch.tanh(slope * t)
 
     return lambda trial: [sign(*parts) for parts in zip(trial, sent, sizes, means, strict=True)]

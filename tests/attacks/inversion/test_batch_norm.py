@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -91,8 +92,25 @@ def test_running_statistics_count_once_they_have_been_gathered(federate: Make, s
     assert batch_norm.gathered(fresh, fresh.labels)[-1].tolist() == [0.0, 0.0]
     *told, counts = batch_norm.gathered(used, used.labels)
     assert counts.tolist() == [1.0, 1.0]
-    assert torch.equal(told[0], used.seen.sent["1.running_mean"]) and torch.equal(told[3], used.seen.sent["4.running_var"])
+    kept = 0.9**6  # two batches in each of three epochs
+    assert torch.allclose(told[0], used.seen.sent["1.running_mean"] / (1 - kept))
+    assert torch.allclose(told[3], (used.seen.sent["4.running_var"] - kept) / (1 - kept), atol=1e-6)
     assert batch_norm.left(used, used.labels)[-1].tolist() == [0.0, 0.0], "in eval mode nothing is left behind"
+
+
+@pytest.mark.parametrize(
+    "count", [None, torch.tensor(500), torch.tensor(0)], ids=["no counter", "many batches", "a reset counter"]
+)
+def test_running_statistics_are_taken_as_they_are_where_nothing_else_is_known(
+    federate: Make, smooth: Make, shallow: str, count: Tensor | None
+) -> None:
+    done = federate(smooth(2), recipe=LocalRecipe(batch_size=2, steps=1), model=shallow, before=smooth(16, seed=5))
+    seen = evidence(done)
+    sent = {name: value for name, value in seen.seen.sent.items() if not name.endswith("num_batches_tracked")}
+    sent |= {} if count is None else {"1.num_batches_tracked": count, "4.num_batches_tracked": count}
+    *told, counts = batch_norm.gathered(replace(seen, seen=replace(seen.seen, sent=sent)), seen.labels)
+    assert counts.tolist() == [1.0, 1.0]
+    assert torch.equal(told[0], sent["1.running_mean"]) and torch.equal(told[3], sent["4.running_var"])
 
 
 def test_models_without_batch_norm_have_no_layers(federate: Make, smooth: Make) -> None:

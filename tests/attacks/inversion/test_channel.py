@@ -264,9 +264,9 @@ def inverted(capture: Any, psnr: Make, images: Tensor, **options: Any) -> float:
 
 
 @pytest.mark.parametrize(
-    ("stack", "gain"), [((("top-k", {"keep": 0.05}),), 5), ((("sign-sgd", {}),), 5)], ids=["top-k", "sign-sgd"]
+    ("stack", "least"), [((("top-k", {"keep": 0.05}),), 20), ((("sign-sgd", {}),), 15)], ids=["top-k", "sign-sgd"]
 )
-def test_who_knows_the_compression_gets_the_image(federate: Make, smooth: Make, psnr: Make, stack: Stack, gain: float) -> None:
+def test_who_knows_the_compression_gets_the_image(federate: Make, smooth: Make, psnr: Make, stack: Stack, least: float) -> None:
     """Told, or left to see for himself, he does better than one who matches the update as it stands."""
     done = federate(smooth(1, (1, 24, 24), seed=3), classes=10, options={"width": 16})
     known, seen, plain = (
@@ -274,4 +274,4 @@ def test_who_knows_the_compression_gets_the_image(federate: Make, smooth: Make, 
         for told in (stack, None, ())
     )
     assert known == pytest.approx(seen, abs=0.5)
-    assert known >= plain + gain and known >= 20, (known, plain)
+    assert known >= max(least, plain + 5), (known, plain)
