@@ -16,6 +16,7 @@ from flpriv.attacks.inversion.problems import Problems, assemble
 from flpriv.claim import Reconstruction
 from flpriv.recipe import LocalRecipe
 from flpriv.registry import create
+from flpriv.state import add
 from flpriv.testing import blindfold
 
 Make = Callable[..., Any]
@@ -55,6 +56,30 @@ def test_an_image_comes_back_within_few_evaluations(federate: Make, smooth: Make
     assert psnr(claim.images, done.used.images).item() > psnr(blind.images, done.used.images).item() + 15
     assert claim.labels is not None and claim.labels.tolist() == done.used.labels.tolist()
     assert claim.method == "search"
+
+
+@pytest.mark.parametrize(
+    ("name", "what", "least"),
+    [
+        ("idlg", "update", 80),
+        ("idlg", "model returned", 70),
+        ("idlg", "both models", 60),
+        ("inverting-gradients", "update", 45),
+        ("inverting-gradients", "both models", 45),
+    ],
+)
+def test_half_precision_costs_little(federate: Make, smooth: Make, psnr: Make, name: str, what: str, least: float) -> None:
+    """In float32 the first finds the image at 120 dB, the second at 48; rounded models lose more of small updates."""
+    done = federate(smooth(1, (1, 20, 20), labels=1, seed=3))
+    (seen,) = done.capture.observations
+    if what == "update":
+        half = replace(seen, returned=add(seen.sent, {key: value.half() for key, value in seen.update.items()}))
+    else:
+        sent, returned = ({key: value.half() for key, value in state.items()} for state in (seen.sent, seen.returned))
+        half = replace(seen, sent=sent if what == "both models" else seen.sent, returned=returned)
+    claim = one(attack(name, iterations=150)(replace(done.capture, observations=(half,))))
+    assert claim.images.dtype == torch.float32
+    assert psnr(claim.images, done.used.images).item() >= least
 
 
 @pytest.mark.parametrize("name", SEARCHES)
