@@ -12,8 +12,8 @@ _CHUNK = 1000
 _SPARE = 2
 """Sampled neurons beyond those that fix a kernel: chance kernels do not pass them."""
 _BLURRED = 4e-3
-"""Kernels whose error may be larger are passed over. A few in a thousand lets in the kernels of two dozen images that moved float32
-weights by no more than a learning rate of .01 does; at one in a thousand hardly any of them is found."""
+"""Kernels whose error may be larger are passed over. At a quarter of this hardly any kernel is found for two dozen images and a
+learning rate of .01, where rounding to float32 weighs most."""
 SPREAD = 1.0
 """How far aside of a point between the images neurons are sampled, in units of what neurons answer to it."""
 

@@ -21,7 +21,8 @@ from flpriv.state import fingerprint
 def circumstances(evidence: Evidence, capture: Capture, *, seed: int) -> dict[str, Any]:
     """Plain data on which anything learned from simulated updates depends, but for the plan.
 
-    The model sent, the recipe, what is known of defences, and the public images; nothing of the update itself.
+    The model sent, the recipe, what is known of defences and, of several images, labels, and the public images; nothing of the
+    update itself.
 
     Raises:
         FlprivError: without public images.
@@ -32,6 +33,7 @@ def circumstances(evidence: Evidence, capture: Capture, *, seed: int) -> dict[st
         "sent": fingerprint(evidence.seen.sent),
         "recipe": asdict(evidence.site.recipe),
         "batches": evidence.site.batches,
+        "labels": evidence.labels.tolist() if evidence.site.images > 1 else None,
         "defenses": evidence.seen.defenses,
         "public": fingerprint({"images": public.images, "labels": public.labels}),
         "seed": seed,

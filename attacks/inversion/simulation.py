@@ -54,7 +54,9 @@ def simulate(plan: Plan, evidence: Evidence, capture: Capture, *, updates: int, 
     """Attack ``updates`` updates that public images would have given at the site of ``evidence``.
 
     They start from the model it was sent, follow its recipe and pass the defences it is known to use; what a defence does
-    inside training (``acts_on = "loop"``) is left out, and labels and their order are taken to be known. Images are drawn without repetition while there are enough.
+    inside training (``acts_on = "loop"``) is left out, and labels and their order are taken to be known. Images are drawn without
+    repetition while there are enough. Several images behind an update have the labels of the site's, for alike labels are harder
+    to tell apart: public images that have them, as long as there are any.
 
     Args:
         plan: how they are searched for; its ``finish`` is left out.
@@ -69,7 +71,11 @@ def simulate(plan: Plan, evidence: Evidence, capture: Capture, *, updates: int, 
     """
     public, device, each = known_images(capture, who=what), evidence.labels.device, evidence.site.images
     order = torch.cat([torch.randperm(len(public), generator=rng) for _ in range(-(-updates * each // len(public)))])
-    drawn = public.take(order[: updates * each])
+    if each > 1:
+        wanted = evidence.labels.cpu().repeat(updates)
+        drawn = replace(public.take(_labelled(public.labels[order], wanted, order)), labels=wanted)
+    else:
+        drawn = public.take(order[:updates])
     images, labels = torch.split(drawn.images.to(device), each), torch.split(drawn.labels.to(device), each)
     seen = evidence.seen
     defenses: list[Defense] = [
@@ -105,6 +111,16 @@ def _protected(
     for defense in defenses:
         update = defense.protect(update, local=Local(site="simulated", round=evidence.seen.round, rng=rng))
     return dict(update)
+
+
+def _labelled(labels: Tensor, wanted: Tensor, rows: Tensor) -> list[int]:
+    """One of ``rows`` for each label wanted, the first that has it of those left, or else the first left."""
+    left = list(zip(rows.tolist(), labels.tolist(), strict=True))
+    taken = []
+    for label in wanted.tolist():
+        place = next((place for place, (_, own) in enumerate(left) if own == label), 0)
+        taken.append(left.pop(place)[0])
+    return taken
 
 
 def _matched(claimed: Tensor, images: Tensor) -> Tensor:

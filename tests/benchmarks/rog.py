@@ -141,7 +141,7 @@ def measure(setting: Setting, data: Xrays, *, options: Mapping[str, Any] = LEARN
         (("rog", "rog, restored"), ROG(**options), capture),
         (
             ("latent prior", "latent prior, restored"),
-            LatentPrior(coarse=coarse, iterations=SEARCH - coarse, rehearsed=1, **options),
+            LatentPrior(coarse=coarse, iterations=SEARCH - coarse, **options),
             capture,
         ),
     ]

@@ -158,7 +158,7 @@ def test_real_xrays_come_back_better_than_by_inverting_gradients(
     least: float,
     gain: float,
 ) -> None:
-    """32×32 pixels; who is unaware of the defence has as many iterations, and the better of two weights of the total variation."""
+    """32×32 pixels; the plain attack is not told of the defence, has as many iterations and the better of two weights."""
     public, private = (replace(side, images=avg_pool2d(side.images, 2)) for side in (xrays.public, xrays.private))
     each = recipe.steps or 1
     seen, images = [], []
@@ -180,6 +180,6 @@ def test_real_xrays_come_back_better_than_by_inverting_gradients(
         return float(psnr(found, used).mean()), float((nearest == own).double().mean())
 
     plain = [quality(InvertingGradients(iterations=140, tv=tv), unaware) for tv in (0.2, 0.01)]
-    ours = quality(LatentPrior(coarse=40, iterations=100, rehearsed=1, simulated=8, training=200), capture)
+    ours = quality(LatentPrior(coarse=40, iterations=100, rehearsed=2, simulated=8, training=200), capture)
     assert ours[0] >= max(least, gain + max(one[0] for one in plain)), (ours, plain)
     assert ours[1] >= max(one[1] for one in plain) and ours[1] == 1, (ours, plain)

@@ -113,3 +113,14 @@ def test_a_rehearsal_chooses_what_brings_public_images_back(
     monkeypatch.setattr("flpriv.attacks.inversion.rehearsal.simulate", None)
     assert best(plans, evidence(noisy), noisy, updates=2, key={}) == "0.3", "kept"
     assert best({"only": plans["0.3"]}, evidence(capture), capture, updates=2, key={}) == "only"
+
+
+def test_several_images_have_the_labels_of_the_sites_while_there_are_such(federate: Make, smooth: Make) -> None:
+    public = replace(smooth(8, seed=8), labels=torch.tensor([0, 1, 0, 1, 1, 1, 1, 1]))
+    for own in ([0, 1], [0, 0], [1, 1]):
+        records = replace(smooth(2), labels=torch.tensor(own))
+        done = pairs(federate(records, recipe=BATCH, public=public, grant=("know-labels",)).capture, iterations=1, updates=2)
+        labels = [next(int(public.labels[i]) for i in range(8) if torch.equal(public.images[i], one)) for one in done.images]
+        assert among(done.images, public.images) and len(torch.unique(done.images, dim=0)) == 4
+        assert sorted(labels[:2]) == own
+        assert sorted(labels) == ([0, 0, 1, 1] if own == [0, 0] else sorted(2 * own)), "two have label 0, and no more"
