@@ -17,7 +17,7 @@ from flpriv.errors import FlprivError
 from flpriv.threat import Can
 
 _BLUR = 0.03
-"""Of the replay of Adam. Without any, 150 evaluations left one X-ray at 12 dB; with this much 30 dB, with ten times as much 25."""
+"""Of the replay of Adam. Without any, 150 evaluations left an X-ray at 12 dB; with this much 30 dB, with ten times as much 25."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -80,7 +80,7 @@ def _normal(trust: Tensor, pull: Callable[[Tensor], Tensor], *, unknowns: int) -
     """The sum of the outer products of the equations times ``trust``²; each is ``pull`` of a unit vector in the shape of that."""
     total = torch.zeros((unknowns, unknowns), dtype=torch.float64)
     known = trust.flatten().nonzero().flatten()
-    for places in known.split(_ROWS) if len(known) else ():
+    for places in torch.split(known, _ROWS) if len(known) else ():
         units = torch.zeros((len(places), trust.numel()), dtype=torch.float64)
         units[torch.arange(len(places)), places] = trust.flatten()[places]
         rows = vmap(pull)(units.view(-1, *trust.shape)).flatten(1)

@@ -9,7 +9,6 @@ from typing import Annotated, ClassVar
 
 import torch
 from pydantic import Field
-from torch import Tensor
 
 from flpriv.attack import Attack
 from flpriv.attacks.inversion.evidence import Evidence, gather, honest, sensitivity

@@ -10,7 +10,6 @@ from torch import Tensor
 
 from flpriv.attacks.inversion.unroll import Replay
 
-
 Steps = tuple[tuple[tuple[int, int], ...], ...]
 """Label and number of the images in each local step."""
 
@@ -38,7 +37,7 @@ class Order:
         return tuple(tuple(sorted((labels[i], i if site.epochs > 1 else 0) for i in images)) for images in used)
 
     def drawn(self, site: Replay, *, ordered: bool, rng: torch.Generator) -> Order:
-        """At random among the orders that may be: all, or where labels are known of each step (``ordered``), those that keep them.
+        """At random among the orders that may be: all, or where labels are known of each step (``ordered``) those that keep them.
 
         The labels known of a step tell images of one label apart in the first epoch alone.
         """

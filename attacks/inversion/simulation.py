@@ -86,9 +86,7 @@ def simulate(plan: Plan, evidence: Evidence, capture: Capture, *, updates: int, 
         update = _protected(evidence, x, y, defenses, rng)
         target = tuple(value.to(device) / -evidence.site.recipe.lr for value in update.values())
         reply = replace(seen, returned=add(seen.sent, update), metrics={}, labels=None)
-        group.append(
-            replace(evidence, seen=reply, target=target, order=Order(labels=y.cpu(), course=same_course(evidence.site)))
-        )
+        group.append(replace(evidence, seen=reply, target=target, order=Order(labels=y.cpu(), course=same_course(evidence.site))))
     problems, found = carry_out(
         plan, group, torch.stack(labels), shape=tuple(images[0].shape), rng=rng, what=what, key={"simulated": what}
     )

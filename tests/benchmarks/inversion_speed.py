@@ -147,13 +147,13 @@ def compare(title: str, model: str, size: int, search: str, updates: int, *, tv:
         goals.append(clock.goal)
         steps.append(clock.evaluations)
         print(
-            f"    update {node}: plain {clock.goal:.1f} dB in {slow:.1f} s, peeled {exact[-1]:.1f} dB in {peeled:.2f} s, search there "
-            f"in {clock.seconds:.2f} s",
+            f"    update {node}: plain {clock.goal:.1f} dB in {slow:.1f} s, peeled {exact[-1]:.1f} dB in {peeled:.2f} s, "
+            f"search there in {clock.seconds:.2f} s",
             flush=True,
         )
     print(
-        f"{title}: {updates} updates, plain {iterations} iterations end at {sum(goals) / updates:.1f} dB in {whole:.1f} s; peeled "
-        f"{sum(exact) / updates:.1f} dB in {computed:.1f} s: ratio {computed / whole:.3f}; search alone is there after "
+        f"{title}: {updates} updates, plain {iterations} iterations end at {sum(goals) / updates:.1f} dB in {whole:.1f} s; "
+        f"peeled {sum(exact) / updates:.1f} dB in {computed:.1f} s: ratio {computed / whole:.3f}; search alone is there after "
         f"{sum(steps) / updates:.0f} evaluations and {reached:.1f} s: ratio {reached / whole:.3f}"
         + (f"; not reached in {missed}, which count as the plain time" if missed else "")
     )
