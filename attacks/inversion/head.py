@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -9,7 +10,9 @@ from torch import Tensor
 from torch.func import jacfwd
 from torch.nn.functional import one_hot
 
-_STEPS = 60
+_STARTS, _STEPS = 20, 60
+_FOUND = 1e-5
+"""Part of the gradient of the bias left unexplained at which no further start is tried."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,7 +35,8 @@ def take_apart(weight: Tensor, bias: Tensor, moved: Tensor, pushed: Tensor, labe
 
     The gradient of the weight is a product of what each image sent up and down; what came down, ``pᵢ - onehot(yᵢ)``, follows from
     what went up by the softmax. That leaves ``N²`` unknowns for ``N · classes`` equations, solved by Levenberg and Marquardt's
-    method. The scale of the gradients is left open, for sites that clip.
+    method from several starts; images of one label differ by their ``pᵢ`` alone. The scale of the gradients is left open, for
+    sites that clip.
 
     Args:
         weight: ``(classes, F)`` as sent, float64.
@@ -42,13 +46,15 @@ def take_apart(weight: Tensor, bias: Tensor, moved: Tensor, pushed: Tensor, labe
         labels: ``(N,)``; no more images than classes less one can be told apart.
 
     Returns:
-        ``None`` where there are too many images, or the gradient is of a lower rank.
+        ``None`` where there are too many images, or the gradient is of another rank.
     """
     images, classes = len(labels), len(bias)
     if images >= classes:
         return None
     left, values, right = torch.linalg.svd(moved, full_matrices=False)
-    if images > len(values) or not float(values[images - 1]) > 1e-5 * float(values[0]):
+    if images > len(values) or not float(values[images - 1]) > 1e-6 * float(values[0]):
+        return None
+    if images < len(values) and float(values[images]) > 0.05 * float(values[images - 1]):
         return None
     left, right = left[:, :images], values[:images, None] * right[:images]
     hot = one_hot(labels, classes).to(moved)
@@ -56,31 +62,47 @@ def take_apart(weight: Tensor, bias: Tensor, moved: Tensor, pushed: Tensor, labe
 
     def missed(trial: Tensor) -> Tensor:
         mixing, scale = trial[:-1].view(images, images), trial[-1].exp()
-        logits = torch.linalg.solve(mixing, through.T) + bias
+        logits = torch.linalg.solve_ex(mixing, through.T).result + bias
         sent = left @ mixing
         down = scale * (logits.softmax(1) - hot) / images
         return torch.cat([(sent.T - down).flatten(), sent.sum(1) - pushed])
 
-    guess = (1 / classes - hot) / images
-    factor = (pushed @ guess.sum(0) / guess.sum(0).square().sum()).clamp_min(torch.finfo(guess.dtype).tiny)
-    trial, damping = torch.cat([(left.T @ (factor * guess).T).flatten(), factor.log()[None]]), 1e-3
-    now = missed(trial)
+    middle = (1 / classes - hot).sum(0) / images
+    factor = (pushed @ middle / middle.square().sum()).clamp_min(torch.finfo(middle.dtype).tiny)
+    found: list[tuple[float, Tensor]] = []
+    for logits in _guesses(hot):
+        first = left.T @ (factor * (logits.softmax(1) - hot) / images).T
+        trial, error = _minimum(missed, torch.cat([first.flatten(), factor.log()[None]]))
+        found.append((error / float(pushed.norm().clamp_min(1e-300)), trial))
+        if found[-1][0] < _FOUND:
+            break
+    error, trial = min(found, key=lambda one: one[0])
+    mixing = trial[:-1].view(images, images)
+    return Head(slopes=(left @ mixing).T, features=torch.linalg.solve_ex(mixing, right).result, error=error)
+
+
+def _guesses(hot: Tensor) -> Iterator[Tensor]:
+    """Logits to start from: all alike, where labels tell images apart, then random ones."""
+    rng = torch.Generator().manual_seed(0)
+    if int(hot.sum(0).max()) == 1:
+        yield torch.zeros_like(hot)
+    for start in range(_STARTS):
+        yield (0.3, 1.0)[start % 2] * torch.randn(hot.shape, generator=rng, dtype=hot.dtype)
+
+
+def _minimum(missed: Callable[[Tensor], Tensor], trial: Tensor) -> tuple[Tensor, float]:
+    """Where the norm of ``missed`` is least, near ``trial``, and that norm."""
+    now, damping = missed(trial), 1e-3
     for _ in range(_STEPS):
         slope = jacfwd(missed)(trial)
         normal = slope.T @ slope
         held = damping * normal.diagonal() + 1e-14 * normal.trace()
-        step = torch.linalg.solve(normal + held.diag(), -slope.T @ now)
-        then = missed(trial + step)
+        then = missed(after := trial - torch.linalg.solve_ex(normal + held.diag(), slope.T @ now).result)
         if bool(then.isfinite().all()) and float(then.norm()) < float(now.norm()):
             done = float(now.norm() - then.norm()) < 1e-9 * float(now.norm())
-            trial, now, damping = trial + step, then, damping / 5
+            trial, now, damping = after, then, damping / 5
             if done:
                 break
         else:
             damping *= 5
-    mixing = trial[:-1].view(images, images)
-    return Head(
-        slopes=(left @ mixing).T,
-        features=torch.linalg.solve(mixing, right),
-        error=float(now.norm() / pushed.norm().clamp_min(1e-300)),
-    )
+    return trial, float(now.norm().nan_to_num(torch.inf))

@@ -30,7 +30,7 @@ from flpriv.task import Task
 from flpriv.threat import Can
 
 _SHARPNESS = (3.0, 10.0, 30.0, 100.0, torch.inf)
-_FOUND, _ENOUGH = 1e-6, 1e-12
+_FOUND, _ENOUGH = 1e-5, 1e-12
 """Relative squared distance of features below which an image counts as found, and at which the search for it ends."""
 
 

@@ -97,11 +97,12 @@ def case(
     updates: int,
     recipe: LocalRecipe = STEP,
     classes: int = 10,
+    labels: Sequence[int] = (),
     first: int = 0,
     ordered: bool = True,
     **options: object,
 ) -> Case:
-    """``updates`` updates of ``batch`` images each; the labels of an update are 0, 1, … as far as there are classes.
+    """``updates`` updates of ``batch`` images each.
 
     Args:
         source: private and public records.
@@ -110,6 +111,7 @@ def case(
         updates: how many, each of other images.
         recipe: of the local training; a single step takes all images at once.
         classes: of the task.
+        labels: of the images of each update; none: 0, 1, … as far as there are classes.
         first: skip so many private images.
         ordered: whether the order of the local steps is known.
         options: of the model.
@@ -124,15 +126,16 @@ def case(
     seen, used = [], {}
     for node in range(updates):
         begin = first + node * batch
-        own = replace(private.take(range(begin, begin + batch)), labels=torch.arange(batch) % classes)
+        given = torch.tensor(labels) if labels else torch.arange(batch) % classes
+        own = replace(private.take(range(begin, begin + batch)), labels=given)
         site = task.build()
         done = train(site, own, recipe, classes=classes, seed=node)
         order = [row for step in done.steps for row in step]
-        labels = own.labels[order] if ordered else own.labels[order].sort().values
+        told = own.labels[order] if ordered else own.labels[order].sort().values
         returned = {k: v.clone() for k, v in site.state_dict().items()}
         seen.append(
             Observation(
-                round=1, node=node, sent=sent, returned=returned, examples=batch, local=recipe, labels=labels, defenses=()
+                round=1, node=node, sent=sent, returned=returned, examples=batch, local=recipe, labels=told, defenses=()
             )
         )
         used[1, node] = own

@@ -21,13 +21,21 @@ def sent(
     return take_apart(weight, bias, slopes.T @ features, slopes.sum(0), torch.tensor(labels)), features, slopes
 
 
-@pytest.mark.parametrize("labels", [[3], [0, 1], [5, 2, 7, 0], [0, 1, 2, 3, 4, 5, 6, 7, 8]], ids=len)
+@pytest.mark.parametrize("labels", [[3], [0, 1], [5, 2, 7, 0], [0, 1, 2, 3, 4, 5, 6, 7, 8]], ids=str)
 @pytest.mark.parametrize("spread", [0.05, 0.3], ids=["initial", "trained"])
 def test_images_of_different_labels_are_told_apart(labels: list[int], spread: float) -> None:
     head, features, slopes = sent(labels, spread=spread)
     assert head is not None and head.error < 1e-8
     assert torch.allclose(head.features, features, atol=1e-5)
     assert torch.allclose(head.slopes, slopes, atol=1e-7)
+
+
+@pytest.mark.parametrize("labels", [[3, 3], [0, 0, 1, 2], [0, 0, 1, 1, 2, 2, 3, 3]], ids=str)
+def test_images_of_one_label_too(labels: list[int]) -> None:
+    head, features, _ = sent(labels, spread=0.2)
+    assert head is not None and head.error < 1e-5
+    near = torch.cdist(head.features, features)
+    assert sorted(near.argmin(1).tolist()) == list(range(len(labels))) and float(near.amin(1).max()) < 1e-3
 
 
 def test_one_image_of_two_classes() -> None:
