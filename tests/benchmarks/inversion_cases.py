@@ -134,9 +134,7 @@ def case(
         told = own.labels[order] if ordered else own.labels[order].sort().values
         returned = {k: v.clone() for k, v in site.state_dict().items()}
         seen.append(
-            Observation(
-                round=1, node=node, sent=sent, returned=returned, examples=batch, local=recipe, labels=told, defenses=()
-            )
+            Observation(round=1, node=node, sent=sent, returned=returned, examples=batch, local=recipe, labels=told, defenses=())
         )
         used[1, node] = own
     capture = Capture(granted=granted, task=task, observations=tuple(seen), models=(sent,), public=public)

@@ -94,14 +94,22 @@ def test_four_steps_with_momentum_come_back(federate: Make, smooth: Make, psnr: 
     assert float(psnr(claim.images, done.used.images).mean()) >= 25
 
 
-def test_a_step_of_adam_gives_away_its_labels_and_its_image(federate: Make, smooth: Make, psnr: Make) -> None:
+def test_a_step_of_adam_gives_away_its_labels(federate: Make, smooth: Make) -> None:
     recipe = LocalRecipe(optimizer="adam", lr=0.001, batch_size=4, steps=1, train_mode=False)
     four = federate(smooth(4, labels=4), recipe=recipe, classes=10, public=smooth(20, labels=10, seed=9))
     assert evidence(four.capture).labels.tolist() == [0, 1, 2, 3]
-    one = federate(smooth(1), recipe=recipe)
-    found = evidence(one.capture)
-    assert found.site.blur > 0 and found.labels.tolist() == one.used.labels.tolist()
-    (claim,) = TunedMatching(plan_name="lbfgs", iterations=200)(one.capture)
-    assert isinstance(claim, Reconstruction)
-    print(psnr(claim.images, one.used.images))
-    assert float(psnr(claim.images, one.used.images).mean()) >= 24
+
+
+def test_a_step_of_adam_gives_away_its_image(federate: Make, xrays: Any, psnr: Make) -> None:
+    """32×32 pixels, the mean of two X-rays. Without blur no search gets beyond 15 dB."""
+    recipe = LocalRecipe(optimizer="adam", lr=0.001, batch_size=1, steps=1, train_mode=False)
+    found = []
+    for place in range(2):
+        whole = xrays.private.take([place])
+        records = replace(whole, images=torch.nn.functional.avg_pool2d(whole.images, 2))
+        done = federate(records, recipe=recipe, classes=10, mean=0.5, std=0.25, seed=place)
+        assert evidence(done.capture).site.blur > 0
+        (claim,) = InvertingGradients(iterations=150)(done.capture)
+        assert isinstance(claim, Reconstruction)
+        found.append(psnr(claim.images, done.used.images))
+    assert torch.cat(found).mean() >= 24, found
