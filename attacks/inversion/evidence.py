@@ -17,7 +17,8 @@ from flpriv.errors import FlprivError
 from flpriv.threat import Can
 
 _BLUR = 0.03
-"""Of the replay of Adam. Without any, 150 evaluations left an X-ray at 12 dB; with this much 30 dB, with ten times as much 25."""
+"""Of the replay of Adam. Without any, 150 evaluations left an X-ray of 32 pixels at 12 dB after one step; with this much, three
+came back at 30, 31 and 23 dB, with .1 at 28, 26 and 22. After four steps it was 20 dB, hardly more than a public image."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -4,8 +4,8 @@
 
 Prints for each case the mean PSNR and SSIM with 95 % intervals over patients and the better of two nulls (mean public image, best
 of 128 public images). Labels are known, and their order where the name does not deny it: the contest of orders takes another 780
-evaluations there, beyond the 1000; models are untrained and in eval mode. The attack is ``tuned-matching``, which computes what can
-be computed and searches for the rest, the search chosen on public images first; with ``--search`` it searches only.
+evaluations there, beyond the 1000; models are untrained and in eval mode. The attack is ``tuned-matching``, which computes what
+can be computed and searches for the rest, the search chosen on public images first; with ``--search`` it searches only.
 """
 
 from __future__ import annotations
