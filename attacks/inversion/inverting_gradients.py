@@ -34,9 +34,9 @@ class InvertingGradients(MatchingAttack):
     signed: bool = True
 
     def plan(self, evidence: Evidence, capture: Capture, *, rng: torch.Generator) -> Plan:
-        """Step schedule from uniform noise, as published."""
+        """Step schedule from uniform noise to its end, as published: long first steps may gain nothing for a while."""
         return Plan(
-            optimiser=Adam(lr=self.lr, signed="hard" if self.signed else "none"),
+            optimiser=Adam(lr=self.lr, signed="hard" if self.signed else "none", patience=self.iterations),
             iterations=self.iterations,
             regularisers=((self.tv, total_variation),),
         )

@@ -1,10 +1,11 @@
-"""Gradient inversion of obfuscated updates: plain inverting gradients, ROG without and with restoration, and the latent prior.
+"""Gradient inversion of obfuscated updates: plain inverting gradients, L-BFGS, ROG and the latent prior.
 
 Real chest X-rays of 64 pixels from the folder named by FLPRIV_TEST_DATA, the small CNN with ten classes at its initial weights,
-labels known, batches of one image. Plain inverting gradients is told nothing of the sites' defences, has as many iterations as
-the latent prior, and runs with the total variation of the best-known library (.2) and with ours (.01). PSNR is a mean over
-images; re-identified is an image whose reconstruction correlates with an image of the same patient more than with the images of
-all other patients. Run it by itself: ``python tests/benchmarks/rog.py [SETTING]... [--sheet FOLDER]``.
+labels known, batches of one image. ROG and the latent prior are shown without and with their restoration network. Plain
+inverting gradients is told nothing of the sites' defences, has as many iterations as the latent prior, and runs with the total
+variation of the best-known library (.2) and with ours (.01). PSNR is a mean over images; re-identified is an image whose
+reconstruction correlates with an image of the same patient more than with the images of all other patients. Run it by itself:
+``python tests/benchmarks/rog.py [SETTING]... [--sheet FOLDER]``.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ from flpriv.attacks.inversion.inverting_gradients import InvertingGradients
 from flpriv.attacks.inversion.latent_prior import LatentPrior
 from flpriv.attacks.inversion.restoration import Restorer
 from flpriv.attacks.inversion.rog import ROG
+from flpriv.attacks.inversion.tuned_matching import TunedMatching
 from flpriv.capture import Capture, Observation
 from flpriv.claim import Reconstruction
 from flpriv.clients.training import train
@@ -138,6 +140,7 @@ def measure(setting: Setting, data: Xrays, *, options: Mapping[str, Any] = LEARN
     coarse = SEARCH * 2 // 7
     ways: list[tuple[Sequence[str], Attack, Capture]] = [
         *(((f"plain, tv {tv}",), InvertingGradients(iterations=SEARCH, tv=tv), unaware) for tv in (0.2, 0.01)),
+        (("l-bfgs",), TunedMatching(iterations=SEARCH, plan_name="lbfgs"), capture),
         (("rog", "rog, restored"), ROG(**options), capture),
         (
             ("latent prior", "latent prior, restored"),
