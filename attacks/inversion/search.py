@@ -196,7 +196,7 @@ class LBFGS:
         first: longest change of an entry in the first step.
         box: keep trials in [0, 1].
         patience: a problem ends when it has not improved by a thousandth in so many evaluations.
-        enough: a problem ends when its value is no more than this.
+        enough: a problem ends when its value is below this.
     """
 
     history: int = 20
@@ -244,7 +244,7 @@ class LBFGS:
             fresh = torch.cat([yes, no[stuck[no] == 6]])
             along[fresh], stride[fresh] = self._direction(here[fresh], slope[fresh], pairs, fresh)
             log.tell(iteration + 1, {})
-            active = active[~(log.done()[active] | (stuck[active] >= 14) | (log.value[active] <= self.enough))]
+            active = active[~(log.done()[active] | (stuck[active] >= 14) | (log.value[active] < self.enough))]
             if not len(active):
                 break
         return log.end()

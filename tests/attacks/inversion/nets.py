@@ -45,10 +45,10 @@ class Functional(nn.Module):
         return logits
 
 
-def shallow(*, side: int, activation: str = "relu", channels: int = 8) -> nn.Module:
+def shallow(*, side: int, activation: str = "relu", channels: int = 8, bias: bool = True) -> nn.Module:
     """One convolution that tells its input several times over, and a dense layer."""
     act = {"relu": nn.ReLU(), "gelu": nn.GELU(), "leaky": nn.LeakyReLU(), "elu": nn.ELU()}[activation]
-    return nn.Sequential(nn.Conv2d(1, channels, 3, padding=1), act, nn.Flatten(), nn.Linear(channels * side * side, 2))
+    return nn.Sequential(nn.Conv2d(1, channels, 3, padding=1), act, nn.Flatten(), nn.Linear(channels * side * side, 2, bias=bias))
 
 
 def nested(*, side: int) -> nn.Module:

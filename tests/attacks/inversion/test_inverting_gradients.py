@@ -36,7 +36,7 @@ class Inverted:
 
 def invert(capture: Capture, *, seed: int = 0, **options: Any) -> list[Inverted]:
     done = []
-    for claim in InvertingGradients(**options)(capture, seed=seed):
+    for claim in InvertingGradients(**{"exact": False, **options})(capture, seed=seed):
         assert isinstance(claim, Reconstruction) and claim.labels is not None and claim.objective is not None
         objective = claim.objective.item()
         done.append(
