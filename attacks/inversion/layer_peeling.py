@@ -117,7 +117,7 @@ def invert(capture: Capture, seen: Observation, *, rng: torch.Generator, iterati
     moved = {name: value / evidence.site.recipe.lr for name, value in descent(seen, evidence.site.start).items()}
     inside = peel(net, moved, labels) if net is not None else {}
     if net is not None and not inside and seen.labels is None:
-        labels = _lowest(moved, len(labels))
+        labels = _lowest(moved, classes=len(task.classes), like=labels)
         inside = peel(net, moved, labels)
     images = torch.zeros((0, *task.shape))
     if net is not None and (enough := _telling(inside, prod(task.shape))) is not None:
@@ -134,10 +134,10 @@ def invert(capture: Capture, seen: Observation, *, rng: torch.Generator, iterati
     )
 
 
-def _lowest(moved: Mapping[str, Tensor], images: int) -> Tensor:
-    """The classes whose biases rise most, one for each image: the labels where no two are alike, at whatever scale."""
-    *_, bias = (value for value in moved.values() if value.dim() == 1)
-    return bias.topk(images, largest=False).indices.sort().values
+def _lowest(moved: Mapping[str, Tensor], *, classes: int, like: Tensor) -> Tensor:
+    """The classes whose biases rise most, one for each image: the labels where no two are alike, at any scale of the update."""
+    biases = [value for value in moved.values() if value.shape == (classes,)]
+    return biases[-1].topk(len(like), largest=False).indices.sort().values if biases else like
 
 
 def _telling(inside: Mapping[Node, Inside], pixels: int) -> tuple[Node, Tensor] | None:

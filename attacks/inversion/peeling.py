@@ -275,6 +275,8 @@ class _Peeling:
                     continue
                 moved = self.moved[f"{name}.weight"].flatten(2)
                 inputs = prod(self.net.shapes[self.net.inputs(place)[0]][1:])
+                if steep is not None and self.net.images * inputs > _UNKNOWNS:
+                    return steep
                 if steep is not None:
                     return corrected(steep.flatten(2), slopes.flatten(2), moved, met, inputs=inputs).view(slopes.shape)
                 found = discover(slopes.flatten(2), moved, met, inputs=inputs, bits=_BITS)
