@@ -141,13 +141,15 @@ def _lowest(moved: Mapping[str, Tensor], *, classes: int, like: Tensor) -> Tenso
 
 
 def _telling(inside: Mapping[Node, Inside], pixels: int) -> tuple[Node, Tensor] | None:
-    """The first operation that is told as well as others, ``(N, *shape)``, if it says more numbers than an image has pixels."""
+    """The first operation that is told as well as others, and what it puts out, ``(N, *shape)``: the images themselves, or no fewer
+    numbers other than zero than an image has pixels.
+    """
     usual = median([one.error for one in inside.values()]) if inside else 0.0
     for node, one in inside.items():
         if one.error <= 10 * usual:
             values = one.value.float()
             told = (values.abs() > 1e-4 * values.abs().amax()).flatten(1).sum(1)
-            return (node, values) if int(told.min()) >= pixels else None
+            return (node, values) if node.op == "placeholder" or int(told.min()) >= pixels else None
     return None
 
 
@@ -159,6 +161,8 @@ def _images(
     First as the network is; where that stops early, with ReLUs rounded off, less and less (:mod:`.smoothing`), in units of what
     they put out.
     """
+    if node.op == "placeholder":
+        return (features * task.std + task.mean).clamp(0, 1)
     size, unit = features.square().flatten(1).sum(1), float(features.square().mean().sqrt())
     part = _up_to(net, node).float()
 

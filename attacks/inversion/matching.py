@@ -30,8 +30,8 @@ class MatchingAttack(Attack):
 
     An update of several local steps is matched by replaying the steps on the trial. Labels that are not granted are read from
     the last layer. Where the order of steps matters and is not granted, a contest of short searches finds the likeliest ones, one
-    for each restart. Where the first layer is dense, updates are inverted exactly before any search. Restarts are judged by the
-    objective alone.
+    for each restart. Images that an update determines are computed before any search
+    (:func:`flpriv.attacks.inversion.exact.invert_exactly`). Restarts are judged by the objective alone.
 
     Adam's steps are replayed too: one gives an image away; after four, what was found of X-rays of 32 pixels was hardly nearer to
     them than public images are.

@@ -80,6 +80,12 @@ def test_a_trained_model_and_two_classes(federate: Make, xrays: Any, psnr: Make)
     assert psnr(invert(done.capture).images, done.used.images).min() >= 60
 
 
+def test_dense_layers_are_peeled_to_the_image(federate: Make, smooth: Make, psnr: Make) -> None:
+    options = {"inputs": 256, "classes": 5}
+    done = federate(smooth(3, labels=3), recipe=step(3), model="flpriv.testing:dense_net", options=options, classes=5, std=0.5)
+    assert psnr(invert(done.capture).images, done.used.images).min() >= 80
+
+
 def test_volumes_come_back(federate: Make, smooth: Make, psnr: Make) -> None:
     done = federate(smooth(2, (1, 12, 12, 12)), recipe=step(2), classes=4)
     assert psnr(invert(done.capture).images, done.used.images).min() >= 70
