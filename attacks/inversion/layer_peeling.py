@@ -141,7 +141,7 @@ def _lowest(moved: Mapping[str, Tensor], *, classes: int, like: Tensor) -> Tenso
 
 
 def _telling(inside: Mapping[Node, Inside], pixels: int) -> tuple[Node, Tensor] | None:
-    """The first operation that is told as well as others, and what it puts out, ``(N, *shape)``: the images themselves, or no fewer
+    """The first operation told as well as others, and what it puts out, ``(N, *shape)``: the images themselves, or no fewer
     numbers other than zero than an image has pixels.
     """
     usual = median([one.error for one in inside.values()]) if inside else 0.0
