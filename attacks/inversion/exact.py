@@ -65,7 +65,7 @@ def _by_every_layer(capture: Capture, seen: Observation, images: int, rng: torch
 def _by_last_layer(capture: Capture, seen: Observation, images: int, rng: torch.Generator) -> Reconstruction | None:
     if len(_steps(seen)) > 1 or images >= len(capture.task.classes) or layer_peeling.obstacle(capture.task) is not None:
         return None
-    return layer_peeling.invert(capture, seen, rng=rng, iterations=_EVALUATIONS, restarts=0)
+    return layer_peeling.invert(capture, seen, rng=rng, iterations=_EVALUATIONS, restarts=1)
 
 
 def _steps(seen: Observation) -> tuple[tuple[int, ...], ...]:

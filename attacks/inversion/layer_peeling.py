@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
@@ -30,7 +31,7 @@ from flpriv.task import Task
 from flpriv.threat import Can
 
 _SHARPNESS = (3.0, 10.0, 30.0, 100.0, torch.inf)
-_FOUND, _ENOUGH = 1e-5, 1e-12
+_FOUND, _ENOUGH = 1e-9, 1e-12
 """Relative squared distance of features below which an image counts as found, and at which the search for it ends."""
 
 
@@ -175,8 +176,8 @@ def _images(
             values = apart.square().flatten(1).sum(1) / size[rows[chosen]]
             return values.detach(), torch.autograd.grad(values.sum(), trials)[0]
 
-        optimiser, most = LBFGS(patience=patience, enough=_ENOUGH), max(1, iterations // len(_SHARPNESS))
-        found = optimiser.minimise(evaluate, images, iterations=most, rng=rng, what="layer-peeling")
+        optimiser, share = LBFGS(patience=patience, enough=_ENOUGH), 8 if math.isfinite(sharpness) else 2
+        found = optimiser.minimise(evaluate, images, iterations=max(1, iterations // share), rng=rng, what="layer-peeling")
         return found.trials, found.objective
 
     best = torch.zeros((net.images, *task.shape))
