@@ -78,7 +78,10 @@ def plain(model: nn.Module, images: Tensor, labels: Tensor, target: list[Tensor]
     for _ in range(iterations):
         gradient = torch.autograd.grad(cross_entropy(model(trial), labels), list(model.parameters()), create_graph=True)
         product = sum((a * b).sum() for a, b in zip(gradient, target, strict=True))
-        norms = sum((a * a).sum() for a in gradient).sqrt() * sum((b * b).sum() for b in target).sqrt()  # type: ignore[union-attr]
+        norms = (
+            torch.stack([(a * a).sum() for a in gradient]).sum().sqrt()
+            * torch.stack([(b * b).sum() for b in target]).sum().sqrt()
+        )
         smooth = trial.diff(dim=2).abs().mean() + trial.diff(dim=3).abs().mean()
         (slope,) = torch.autograd.grad(1 - product / norms + tv * smooth, trial)
         trial.grad = slope.sign()

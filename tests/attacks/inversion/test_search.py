@@ -1,12 +1,13 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Literal
 
 import pytest
 import torch
 from torch import Tensor
 
-from flpriv.attacks.inversion.search import LBFGS, Adam, Evaluate, Found, Optimiser
+from flpriv.attacks.inversion.search import LBFGS, Adam, Evaluate, Found, Optimiser, Schedule
 from flpriv.progress import listen
 from flpriv.scratch import scratch
 
@@ -101,8 +102,8 @@ def test_a_problem_that_is_solved_is_not_evaluated_further(optimiser: Optimiser)
 
 @pytest.mark.parametrize("signed", ["hard", "soft", "none"])
 @pytest.mark.parametrize("schedule", ["step", "cosine"])
-def test_adams_variants_arrive(signed: str, schedule: str) -> None:
-    optimiser = Adam(signed=signed, schedule=schedule, warmup=5)  # type: ignore[arg-type]
+def test_adams_variants_arrive(signed: Literal["hard", "soft", "none"], schedule: Schedule) -> None:
+    optimiser = Adam(signed=signed, schedule=schedule, warmup=5)
     assert torch.allclose(find(optimiser, bowls(), START).trials, GOALS, atol=2e-2)
 
 

@@ -149,7 +149,8 @@ def test_a_head_that_is_no_dense_layer(smooth: Make) -> None:
             self.head = nn.Conv2d(1, 4, 1)
 
         def forward(self, images: Tensor) -> Tensor:
-            return self.head(images).mean((2, 3))  # type: ignore[no-any-return]
+            outputs: Tensor = self.head(images)
+            return outputs.mean((2, 3))
 
     model = Pooled()
     start = {name: value.detach().clone() for name, value in model.named_parameters()}

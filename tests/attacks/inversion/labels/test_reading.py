@@ -94,12 +94,13 @@ def test_a_long_course_is_looked_at_in_five_places(momentum: float) -> None:
 def test_features_are_what_the_last_layer_receives() -> None:
     site = replayed()
     found = reading(site)
+    assert isinstance(site.model, nn.Sequential)
     with torch.no_grad():
-        inside = site.model[:3](images(6, seed=1))  # type: ignore[index]
+        inside = site.model[:3](images(6, seed=1))
     assert found.features is not None
     assert torch.equal(found.features, inside)
-    assert torch.allclose(found.answers, site.model[3](inside).softmax(1).double(), atol=1e-6)  # type: ignore[index]
-    assert not site.model[3]._forward_pre_hooks  # type: ignore[index]
+    assert torch.allclose(found.answers, site.model[3](inside).softmax(1).double(), atol=1e-6)
+    assert not site.model[3]._forward_pre_hooks
 
 
 def test_a_last_layer_without_bias_is_measured_along_the_features() -> None:
