@@ -26,8 +26,15 @@ class Trap(ABC):
     """What is sent, to whom and when. Armed messages are new states: the honest one is never changed in place."""
 
     @abstractmethod
-    def arm(self, honest: State, *, round: int, node: int) -> State | None:
-        """The state to send to ``node`` in ``round``, or ``None`` to send the honest one."""
+    def arm(self, honest: State, *, round: int, node: int, nodes: Sequence[int]) -> State | None:
+        """The state to send to ``node`` in ``round``, or ``None`` to send the honest one.
+
+        Args:
+            honest: what the honest strategy sends it.
+            round: 1, 2, ….
+            node: pseudonym.
+            nodes: all nodes that may get a trap in this round, ``node`` among them; observations name them in the same order.
+        """
 
     def disarm(self, returned: State, *, sent: State, honest: State) -> State:
         """What the honest strategy is given in place of ``returned``: the honest model plus the update of the layers it shares.

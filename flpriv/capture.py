@@ -32,7 +32,8 @@ class Observation:
         local: the local recipe.
         defenses: (name, options) of the sites' defences, the one that touched the update first in front; ``()`` for none.
         labels: ``(steps, batch)`` flattened in order of use where the order is granted, sorted otherwise.
-        trap: label of the attack whose trap was delivered in this message, ``""`` for the honest model.
+        trap: label of the attack whose trap was delivered in this message, ``""`` for the honest model; of a sum, in any message.
+        nodes: the nodes that were asked in this round and might get a trap, in the order the trap was told.
     """
 
     round: int
@@ -45,6 +46,7 @@ class Observation:
     defenses: tuple[tuple[str, Mapping[str, Any]], ...] | None = None
     labels: Tensor | None = None
     trap: str = ""
+    nodes: tuple[int, ...] = ()
 
     @property
     def update(self) -> dict[str, Tensor]:
@@ -59,7 +61,8 @@ class Capture:
     Args:
         granted: the capabilities of the adversary; what they do not cover is missing below.
         task: what the federation learns.
-        observations: replies, by round and node (with ``Can.SEE_UPDATES``).
+        observations: replies, by round and node (with ``Can.SEE_UPDATES``), or one sum over the nodes of each round (with
+            ``Can.SEE_MODELS`` alone).
         models: global models: the initial one and one a round with ``Can.SEE_MODELS``; the last alone with ``Can.SEE_FINAL``.
         public: labelled images of patients of no audited site (``Can.KNOW_PUBLIC``).
         candidates: records asked about, without ids or attributes (``Can.KNOW_CANDIDATES``).
@@ -91,5 +94,6 @@ class Capture:
 
     @property
     def nodes(self) -> tuple[int, ...]:
-        """The pseudonyms of all nodes seen, sorted."""
-        return tuple(sorted({o.node for o in self.observations if o.node is not None}))
+        """The pseudonyms of all nodes seen or asked, sorted."""
+        seen = {o.node for o in self.observations if o.node is not None}
+        return tuple(sorted(seen | {node for o in self.observations for node in o.nodes}))

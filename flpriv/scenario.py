@@ -88,6 +88,7 @@ class ThreatTable:
         grant: capabilities added by name.
         deny: capabilities taken away by name.
         tamper_rounds: rounds in which a malicious operator delivers its trap.
+        victims: to how many sites it delivers it, the first that are asked; all where not given.
         exposed: share of each site's training records the adversary holds with their site, for attribute inference.
         candidates: at most this many records are asked about, half of them members.
     """
@@ -98,6 +99,7 @@ class ThreatTable:
     grant: tuple[str, ...] = ()
     deny: tuple[str, ...] = ()
     tamper_rounds: tuple[Annotated[int, Field(ge=1)], ...] = (1,)
+    victims: Annotated[int, Field(ge=1)] | None = None
     exposed: Annotated[float, Field(gt=0, lt=1)] = 0.1
     candidates: Annotated[int, Field(ge=4)] = 2000
 

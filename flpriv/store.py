@@ -154,7 +154,7 @@ class Sink:
         write_tensors(folder / returned, seen.returned)
         metrics = {key: float(value) if math.isfinite(value) else None for key, value in seen.metrics.items()}
         facts = {"node": seen.node, "sent": sent, "returned": returned, "examples": seen.examples, "metrics": metrics}
-        self._observed.append(facts | {"trap": seen.trap})
+        self._observed.append(facts | {"trap": seen.trap, "nodes": list(seen.nodes)})
 
     def finish_round(self, round: int, *, model: State) -> None:
         """Store the global model after the round and mark the round as complete."""
@@ -403,6 +403,7 @@ def _observation(place: Path, round: int, row: Mapping[str, Any], labels: State)
         metrics={str(key): math.nan if value is None else float(value) for key, value in row["metrics"].items()},
         labels=labels.get(f"{round}/{node}"),
         trap=str(row["trap"]),
+        nodes=tuple(map(int, row.get("nodes", ()))),
     )
 
 

@@ -15,7 +15,7 @@ class Can(Flag):
     SEE_FINAL = auto()
     """The global model after the last round."""
     SEE_MODELS = auto()
-    """The global model of every round."""
+    """The global model of every round, and so the sum of all replies to it, sums that a trap left in included."""
     SEE_UPDATES = auto()
     """Each client's own reply in every round, not only their aggregate."""
     KNOW_LOCAL = auto()
@@ -53,14 +53,16 @@ DESCRIPTIONS = {
 """Each capability in plain words, for reports."""
 
 _USER = Can.SEE_FINAL | Can.KNOW_PUBLIC | Can.KNOW_CANDIDATES | Can.KNOW_EXPOSED
-_CURIOUS = _USER | Can.SEE_MODELS | Can.SEE_UPDATES | Can.KNOW_LOCAL | Can.KNOW_DEFENSES
+_SUMS = _USER | Can.SEE_MODELS | Can.KNOW_LOCAL
+_CURIOUS = _SUMS | Can.SEE_UPDATES | Can.KNOW_DEFENSES
 NAMED = {
     "model-user": _USER,
-    "sums-only": _USER | Can.SEE_MODELS | Can.KNOW_LOCAL,
+    "sums-only": _SUMS,
     "honest-but-curious": _CURIOUS,
     "malicious-server": _CURIOUS | Can.TAMPER,
+    "malicious-sums-only": _SUMS | Can.KNOW_DEFENSES | Can.TAMPER,
 }
-"""The named threat models, from the weakest to the strongest."""
+"""The named threat models, the passive ones before the malicious ones."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -89,6 +89,7 @@ def _train(grid: Grid, config: RunConfig, *, tapped: bool) -> tuple[Result, Hist
         sink,
         trap=malice.trap,
         tamper_rounds=scenario.threat_table.tamper_rounds,
+        victims=scenario.threat_table.victims,
         label=setting.trap,
         architecture=malice.architecture,
         checkpoints=out / "checkpoint",

@@ -26,6 +26,7 @@ from flpriv.state import State, check_finite, check_like
 from flpriv.store import Sink
 from flpriv.strategies import checkpoint
 from flpriv.strategies.checkpoint import History
+from flpriv.sums import Sum
 from flpriv.threat import NAMED, Can
 
 T = TypeVar("T")
@@ -40,6 +41,7 @@ class _Delivery:
     record: str
     honest: State
     sent: State
+    nodes: tuple[int, ...]
 
     @property
     def armed(self) -> bool:
@@ -58,6 +60,7 @@ class Wiretap(Strategy):
             there is a trap.
         trap: what a malicious operator sends in place of the honest model.
         tamper_rounds: rounds in which the trap is delivered.
+        victims: to how many nodes it is delivered, the first that are asked; ``None`` for all.
         label: of the attack that brings the trap, noted with each observation it caused.
         architecture: label under which armed nodes find the model definition the operator ships; empty for the agreed one.
         checkpoints: folder for a checkpoint after each round; none are written without it.
@@ -75,6 +78,7 @@ class Wiretap(Strategy):
         *,
         trap: Trap | None = None,
         tamper_rounds: Sequence[int] = (1,),
+        victims: int | None = None,
         label: str = "",
         architecture: str = "",
         checkpoints: Path | None = None,
@@ -87,13 +91,15 @@ class Wiretap(Strategy):
             raise ThreatError("a trap needs 'tamper', which the threat model does not grant")
         self.honest, self.sink, self.trap = honest, sink, trap
         self.tamper_rounds, self.label, self.architecture = frozenset(tamper_rounds), label, architecture
-        self.checkpoints, self.resume = checkpoints, resume
+        self.victims, self.checkpoints, self.resume = victims, checkpoints, resume
         self.history = History()
         self._honest = {name: getattr(honest, name) for name in _HOOKS}
         self._weight = _weight(honest)
         self._arrays = ArrayRecord()
         self._done = self._total = 0
         self._deliveries: dict[int, _Delivery] = {}
+        self._sum = Sum()
+        self._records: dict[tuple[int, ...], tuple[State, ArrayRecord]] = {}
         self._asked: list[Message] = []
 
     def start(
@@ -136,14 +142,17 @@ class Wiretap(Strategy):
         self._arrays = arrays
         messages = list(self._honest["configure_train"](round, arrays, config, grid))
         states: dict[int, State] = {}
-        self._deliveries = {}
-        return [self._deliver(message, round, states) for message in messages]
+        self._deliveries, self._sum, self._records = {}, Sum(), {}
+        nodes = tuple(message.metadata.dst_node_id for message in messages)[: self.victims]
+        return [self._deliver(message, round, states, nodes) for message in messages]
 
     def aggregate_train(self, server_round: int, replies: Iterable[Message]) -> tuple[ArrayRecord | None, MetricRecord | None]:
         """Record the replies, then let the honest strategy aggregate those it can."""
         round, replies = server_round + self._done, list(replies)
         nodes = self._nodes(round, replies, [delivery.message for delivery in self._deliveries.values()])
         read = [reply for reply in replies if self._read(reply, nodes[id(reply)], round)]
+        if (seen := self._sum.observation()) is not None:
+            self.sink.observe(seen)
         kept = self._consistent(round, read, nodes, arrays=True)
         nothing: tuple[ArrayRecord | None, MetricRecord | None] = (None, None)
         arrays, metrics = self._aggregated(round, "aggregate_train", kept, nothing)
@@ -178,7 +187,7 @@ class Wiretap(Strategy):
         """The honest strategy's summary."""
         self.honest.summary()
 
-    def _deliver(self, message: Message, round: int, states: dict[int, State]) -> Message:
+    def _deliver(self, message: Message, round: int, states: dict[int, State], nodes: tuple[int, ...]) -> Message:
         """The message to send; states are read once for all messages that share a record."""
         name = _arrays_name(message.content)
         if name is None:
@@ -187,14 +196,19 @@ class Wiretap(Strategy):
         if id(record) not in states:
             states[id(record)] = record.to_torch_state_dict()
         honest = sent = states[id(record)]
-        if self.trap and round in self.tamper_rounds and (armed := self.trap.arm(honest, round=round, node=node)) is not None:
-            sent = armed
-            message = self._armed(message, name, armed)
-        self._deliveries[node] = _Delivery(message=message, record=name, honest=honest, sent=sent)
+        if self.trap and round in self.tamper_rounds and node in nodes:
+            armed = self.trap.arm(honest, round=round, node=node, nodes=nodes)
+            sent = honest if armed is None else armed
+        if sent is not honest:
+            message = self._armed(message, name, sent)
+        self._deliveries[node] = _Delivery(message=message, record=name, honest=honest, sent=sent, nodes=nodes)
         return message
 
     def _armed(self, message: Message, name: str, state: State) -> Message:
-        content = RecordDict({**message.content, name: ArrayRecord(dict(state))})
+        alike = tuple(map(id, state.values()))
+        if alike not in self._records:
+            self._records[alike] = state, ArrayRecord(dict(state))
+        content = RecordDict({**message.content, name: self._records[alike][1]})
         for key, config in message.content.config_records.items():
             shipped = {"architecture": self.architecture} if self.architecture else {}
             content[key] = ConfigRecord({**config, **shipped})
@@ -229,8 +243,11 @@ class Wiretap(Strategy):
         except UpdateError as error:
             self._note(round, node, str(error))
             return False
+        seen = self._observation(reply, delivery, returned, node, round)
         if Can.SEE_UPDATES in self.sink.granted:
-            self.sink.observe(self._observation(reply, delivery, returned, node, round))
+            self.sink.observe(seen)
+        elif Can.SEE_MODELS in self.sink.granted:
+            self._sum.add(seen)
         if self.trap and delivery.armed:
             honest = self.trap.disarm(returned, sent=delivery.sent, honest=delivery.honest)
             reply.content[name] = ArrayRecord({key: honest[key] for key in delivery.honest})
@@ -248,6 +265,7 @@ class Wiretap(Strategy):
             examples=int(examples) if examples is not None and math.isfinite(examples) else None,
             metrics=numbers,
             trap=self.label if delivery.armed else "",
+            nodes=delivery.nodes,
         )
 
     def _consistent(self, round: int, replies: Sequence[Message], nodes: Mapping[int, int], *, arrays: bool) -> list[Message]:

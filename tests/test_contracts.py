@@ -122,7 +122,7 @@ def test_an_attack_sends_nothing_of_its_own_unless_it_says_so() -> None:
 class Wider(Trap):
     """Puts a layer in front and leaves the rest as it is."""
 
-    def arm(self, honest: State, *, round: int, node: int) -> State | None:
+    def arm(self, honest: State, *, round: int, node: int, nodes: Sequence[int]) -> State | None:
         return {"lure": torch.zeros(3), **honest}
 
 
@@ -134,7 +134,7 @@ def test_a_disarmed_reply_carries_the_update_of_shared_layers() -> None:
         "resized": torch.ones(1),
     }
     trap = Wider()
-    sent = {**(trap.arm(honest, round=1, node=1) or {}), "resized": torch.ones(5)}
+    sent = {**(trap.arm(honest, round=1, node=1, nodes=(1,)) or {}), "resized": torch.ones(5)}
     returned = {key: value + 2 for key, value in sent.items()}
     given = trap.disarm(returned, sent=sent, honest=honest)
     assert given["w"].tolist() == [3, 3]

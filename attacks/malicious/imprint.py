@@ -64,7 +64,7 @@ class BlockTrap(Trap):
     entries: State
     rounds: tuple[int, ...]
 
-    def arm(self, honest: State, *, round: int, node: int) -> State | None:
+    def arm(self, honest: State, *, round: int, node: int, nodes: Sequence[int]) -> State | None:
         """The honest state with the block's entries after it, to every node."""
         return {**honest, **self.entries} if not self.rounds or round in self.rounds else None
 

@@ -35,6 +35,7 @@ ADVERSARIES: Mapping[str, str] = {
     "sums-only": "Whoever runs the server while secure aggregation hides every single site: only sums over sites are seen.",
     "honest-but-curious": "Whoever runs the server, follows the protocol to the letter, and reads all that passes through.",
     "malicious-server": "Whoever runs the server, reads everything, and may also alter the model that sites are asked to train.",
+    "malicious-sums-only": "Whoever runs the server and may alter the model sent, but sees only sums over sites.",
 }
 """The named threat models in plain words."""
 

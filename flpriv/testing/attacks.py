@@ -137,7 +137,9 @@ def _check_trap(attack: Attack, capture: Capture) -> None:
     require(Can.TAMPER in attack.needs, f"{attack.name}: it sets a trap, so it needs 'tamper'")
     honest = capture.task.build().state_dict()
     before = {key: value.clone() for key, value in honest.items()}
-    armed = [trap.arm(honest, round=seen.round, node=seen.node or 0) for seen in capture.observations]
+    armed = [
+        trap.arm(honest, round=seen.round, node=seen.node or seen.nodes[0], nodes=seen.nodes) for seen in capture.observations
+    ]
     require(all(same(honest[key], before[key]) for key in before), f"{attack.name}: its trap changes the honest model in place")
     sent = next((state for state in armed if state is not None), None)
     if sent is None:
@@ -174,7 +176,7 @@ def _faults(claim: Claim, capture: Capture) -> Iterator[str]:
             yield f"images have shape {tuple(images.shape)}, expected (N, {', '.join(map(str, capture.task.shape))})"
         elif not images.is_floating_point() or not bool(((images >= 0) & (images <= 1)).all()):
             yield "images must be finite floats in [0, 1]"
-        if (claim.round, claim.node) not in {(seen.round, seen.node) for seen in capture.observations}:
+        if (claim.round, claim.node) not in _observed(capture):
             yield f"nothing was observed in round {claim.round} of node {claim.node}"
         for what in ("labels", "confidence"):
             column = getattr(claim, what)
@@ -193,6 +195,12 @@ def _faults(claim: Claim, capture: Capture) -> Iterator[str]:
             yield "rows of probabilities must be ≥ 0 and sum to 1"
     elif not 0 <= claim.epsilon <= claim.ceiling or not 0 < claim.delta < 1:
         yield f"epsilon = {claim.epsilon}, ceiling = {claim.ceiling}, delta = {claim.delta} make no bound"
+
+
+def _observed(capture: Capture) -> set[tuple[int, int | None]]:
+    """What images may be claimed about: each reply, each sum, and each node behind a sum."""
+    behind = {(seen.round, node) for seen in capture.observations if seen.node is None for node in seen.nodes}
+    return behind | {(seen.round, seen.node) for seen in capture.observations}
 
 
 def _same_claims(one: Sequence[Claim], two: Sequence[Claim]) -> bool:

@@ -18,6 +18,7 @@ from flpriv.recipe import LocalRecipe
 from flpriv.records import Records
 from flpriv.seeds import derive
 from flpriv.state import State, add, is_parameter
+from flpriv.sums import sums
 from flpriv.task import Task
 from flpriv.threat import Can
 from flpriv.truth import Truth
@@ -180,7 +181,9 @@ def withhold(capture: Capture, granted: Can) -> Capture:
         defenses = seen.defenses if Can.KNOW_DEFENSES in granted else None
         return replace(seen, labels=labels, local=local, defenses=defenses)
 
-    seen = tuple(map(redact, capture.observations)) if Can.SEE_UPDATES in granted else ()
+    seen = tuple(map(redact, capture.observations))
+    if Can.SEE_UPDATES not in granted:
+        seen = sums(seen) if Can.SEE_MODELS in granted else ()
     models = capture.models if Can.SEE_MODELS in granted else capture.models[-1:] if Can.SEE_FINAL in granted else ()
     return replace(
         capture,
@@ -266,7 +269,7 @@ def _federate(
     for round in range(1, plan.rounds + 1):
         total = {key: torch.zeros_like(value) for key, value in honest.items() if is_parameter(key, value)}
         for node, records in members.items():
-            armed = trap.arm(honest, round=round, node=node) if trap is not None else None
+            armed = trap.arm(honest, round=round, node=node, nodes=tuple(members)) if trap is not None else None
             model = task.build()
             if armed is not None and attack is not None:
                 model = attack.architecture(model, task)
@@ -283,6 +286,7 @@ def _federate(
                 defenses=(),
                 labels=labels,
                 trap=attack.name if armed is not None and attack is not None else "",
+                nodes=tuple(members),
             )
             seen.append(observation)
             back = observation.returned

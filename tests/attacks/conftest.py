@@ -64,7 +64,7 @@ def federate(
     sent = {key: value.clone() for key, value in net.state_dict().items()}
     if attack is not None:
         trap = attack.trap(task, public=public, rng=torch.Generator().manual_seed(seed))
-        armed = trap.arm(sent, round=1, node=7) if trap else None
+        armed = trap.arm(sent, round=1, node=7, nodes=(7,)) if trap else None
         assert armed is not None
         sent, net = dict(armed), attack.architecture(net, task)
     net.load_state_dict(sent)
@@ -80,6 +80,7 @@ def federate(
         local=recipe,
         labels=labels if "know-labels" in grant else None,
         trap="" if attack is None else attack.name,
+        nodes=(7,),
     )
     granted = threat("honest-but-curious" if attack is None else "malicious-server", grant=grant).granted
     capture = Capture(granted=granted, task=task, observations=(seen,), public=public)

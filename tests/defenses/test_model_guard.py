@@ -103,7 +103,7 @@ def test_the_imprint_block_is_refused_by_its_layer() -> None:
     attack = create("attacks", "imprint", {})
     public = Records(images=torch.rand(32, 1, 32, 32), labels=torch.zeros(32, dtype=torch.long))
     trap = attack.trap(agreed, public=public, rng=torch.Generator().manual_seed(0))
-    armed = trap.arm(agreed.build().state_dict(), round=1, node=1)
+    armed = trap.arm(agreed.build().state_dict(), round=1, node=1, nodes=(1,))
     reason = refusal(armed, agreed)
     assert "not the agreed architecture" in reason and "is not part of the model" in reason
     assert "look alike" in refusal(armed, None)

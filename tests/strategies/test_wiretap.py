@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ from torch import Tensor
 from flpriv.attack import Trap
 from flpriv.capture import Capture
 from flpriv.errors import ThreatError
-from flpriv.state import State
+from flpriv.state import State, parameters
 from flpriv.store import Sink, open_capture
 from flpriv.strategies.wiretap import Wiretap
 from flpriv.task import Task
@@ -130,7 +130,7 @@ def equal(first: State, second: State) -> bool:
 class OneNode(Trap):
     """Sends node 12 a model with another layer, in every round it may."""
 
-    def arm(self, honest: State, *, round: int, node: int) -> State | None:
+    def arm(self, honest: State, *, round: int, node: int, nodes: Sequence[int]) -> State | None:
         return {"extra": torch.ones(3), **{key: value + 1 for key, value in honest.items()}} if node == 12 else None
 
     @property
@@ -141,7 +141,7 @@ class OneNode(Trap):
 class Widened(OneNode):
     """As above, with a first layer wider than the honest one."""
 
-    def arm(self, honest: State, *, round: int, node: int) -> State | None:
+    def arm(self, honest: State, *, round: int, node: int, nodes: Sequence[int]) -> State | None:
         return {**honest, "0.weight": torch.ones(9, 6), "0.bias": torch.ones(9)} if node == 12 else None
 
 
@@ -171,10 +171,21 @@ def test_a_trap_reaches_its_node_alone(trap: Trap, tiny: Any, initial: ArrayReco
             assert equal(state, honest)
     assert [(seen.round, seen.node) for seen in capture.observations if seen.trap] == [(1, 12)]
     armed = next(seen for seen in capture.observations if seen.trap)
-    assert equal(armed.sent, trap.arm(honest, round=1, node=12) or {})
+    assert equal(armed.sent, trap.arm(honest, round=1, node=12, nodes=(12,)) or {})
     assert list(result.arrays) == list(initial)
     moved = result.arrays.to_torch_state_dict()
     assert torch.allclose(moved["3.weight"], honest["3.weight"] + 2)
+
+
+def test_only_the_first_nodes_asked_are_victims(tiny: Any, initial: ArrayRecord, tmp_path: Path) -> None:
+    class Everybody(Trap):
+        def arm(self, honest: State, *, round: int, node: int, nodes: Sequence[int]) -> State | None:
+            return {key: value + 1 for key, value in honest.items()}
+
+    malicious(tmp_path / "c", Everybody(), victims=2).start(tiny(), initial, num_rounds=1)
+    seen = open_capture(tmp_path / "c").observations
+    victims = {one.node for one in seen if one.trap}
+    assert len(victims) == 2 < len(seen) and all(set(one.nodes) == victims for one in seen)
 
 
 def test_secrets_are_stored(tiny: Any, initial: ArrayRecord, tmp_path: Path) -> None:
@@ -371,7 +382,7 @@ def test_central_evaluation_is_kept(tiny: Any, initial: ArrayRecord, tmp_path: P
     ("granted", "observations", "models"),
     [
         (NAMED["model-user"], 0, 1),
-        (NAMED["sums-only"], 0, 3),
+        (NAMED["sums-only"], 2, 3),
         (CURIOUS, 8, 3),
         (CURIOUS & ~Can.SEE_FINAL & ~Can.SEE_MODELS, 8, 0),
     ],
@@ -384,8 +395,12 @@ def test_the_threat_model_decides_what_reaches_the_disk(
     assert (len(capture.observations), len(capture.models)) == (observations, models)
     if models:
         assert equal(capture.final, result.arrays.to_torch_state_dict())
-    if not observations:
+    if Can.SEE_UPDATES not in granted:
         assert not list(tmp_path.rglob("node-*"))
+        assert all(seen.node is None for seen in capture.observations)
+        for seen, after in zip(capture.observations, capture.models[1:], strict=False):
+            assert all(torch.allclose(seen.returned[key], after[key], atol=1e-6) for key in parameters(after))
+    if not observations:
         assert not list(tmp_path.rglob("sent-*"))
     if models == 1:
         assert [path.name for path in (tmp_path / "c").rglob("*.safetensors")] == ["final.safetensors"]

@@ -98,7 +98,7 @@ def test_the_honest_layers_keep_their_names_and_what_they_compute(smooth: Make) 
         task = Task(modality="xray", shape=(1, 16, 16), classes=("a", "b"), model=model, mean=0.5, std=0.2)
         honest = task.build().eval()
         trap = attack.trap(task, public=None, rng=torch.Generator().manual_seed(0))
-        sent = trap.arm(honest.state_dict(), round=1, node=3)
+        sent = trap.arm(honest.state_dict(), round=1, node=3, nodes=(3,))
         assert sent is not None
         assert {key for key in sent if "imprint" not in key} == set(honest.state_dict())
         armed = attack.architecture(task.build(), task).eval()
@@ -130,7 +130,7 @@ def test_rounds_choose_when_it_is_sent() -> None:
 
     def armed(attack: Imprint) -> list[bool]:
         trap = attack.trap(task, public=None, rng=torch.Generator().manual_seed(0))
-        return [trap.arm(honest, round=round, node=1) is not None for round in (1, 2, 3)]
+        return [trap.arm(honest, round=round, node=1, nodes=(1,)) is not None for round in (1, 2, 3)]
 
     assert armed(Imprint(bins=4)) == [True, False, False]
     assert armed(Imprint(bins=4, rounds=(2, 3))) == [False, True, True]
