@@ -1,4 +1,4 @@
-"""Threat models grant what they say, and each is at least as strong as the one before."""
+"""Threat models grant what they say, and grow stronger in order."""
 
 from __future__ import annotations
 
@@ -11,9 +11,11 @@ from flpriv.threat import DESCRIPTIONS, NAMED, Can, capability, spell, threat
 
 
 def test_named_models_grow_stronger() -> None:
-    for weaker, stronger in itertools.pairwise(NAMED.values()):
+    passive = [granted for granted in NAMED.values() if Can.TAMPER not in granted]
+    for weaker, stronger in itertools.pairwise([*passive, NAMED["malicious-server"]]):
         assert weaker in stronger
         assert weaker != stronger
+    assert NAMED["malicious-server"] & ~Can.SEE_UPDATES == NAMED["malicious-sums-only"]
 
 
 @pytest.mark.parametrize(
@@ -27,6 +29,7 @@ def test_named_models_grow_stronger() -> None:
             Can.TAMPER | Can.KNOW_LABELS | Can.KNOW_ORDER,
         ),
         ("malicious-server", Can.TAMPER | Can.SEE_UPDATES | Can.KNOW_DEFENSES, Can.KNOW_LABELS | Can.KNOW_ORDER),
+        ("malicious-sums-only", Can.TAMPER | Can.SEE_MODELS | Can.KNOW_DEFENSES, Can.SEE_UPDATES | Can.KNOW_LABELS),
     ],
 )
 def test_what_a_named_model_grants(model: str, can: Can, cannot: Can) -> None:
