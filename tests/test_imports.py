@@ -30,7 +30,7 @@ CONTRACTS = {
         "recipe",
         "records",
     ),
-    *("registry", "scenario", "scratch", "seeds", "site", "state", "task", "threat", "truth", "witness"),
+    *("registry", "scenario", "scratch", "seeds", "site", "state", "sums", "task", "threat", "truth", "witness"),
 }
 FLOWER = ("flpriv/defense.py", "flpriv/engine/", "flpriv/testing", "clients/app.py", "strategies/")
 """Where Flower may be imported."""

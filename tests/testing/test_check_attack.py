@@ -233,7 +233,8 @@ def test_a_blindfold_hides_the_evidence_and_nothing_else() -> None:
 def test_withholding_leaves_what_is_granted(kept: Can) -> None:
     left = withhold(glass(Goal.MEMBERSHIP).capture, kept)
     assert left.granted == kept
-    assert bool(left.observations) == (Can.SEE_UPDATES in kept)
+    assert bool(left.observations) == bool(kept & (Can.SEE_UPDATES | Can.SEE_MODELS))
+    assert all(o.node is None for o in left.observations) == (Can.SEE_UPDATES not in kept)
     assert len(left.models) == (1 if Can.SEE_FINAL in kept else 5 if Can.SEE_MODELS in kept else 0)
     assert (left.public is not None) == (Can.KNOW_PUBLIC in kept)
     assert left.candidates is None and all(o.labels is None and o.local is None for o in left.observations)
