@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Annotated, ClassVar, Literal
 
 import torch
@@ -14,7 +13,8 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from flpriv.attack import Attack, Trap
-from flpriv.attacks.inversion.unroll import batches
+from flpriv.attacks.malicious import behind
+from flpriv.attacks.malicious.insertion import host, insert, prefix
 from flpriv.attacks.malicious.readout import Layer, candidates
 from flpriv.capture import Capture, Observation
 from flpriv.claim import Goal, Reconstruction
@@ -87,7 +87,7 @@ class Imprint(Attack):
 
     name: ClassVar[str] = "imprint"
     goal: ClassVar[Goal] = Goal.RECONSTRUCTION
-    needs: ClassVar[Can] = Can.TAMPER | Can.SEE_UPDATES
+    needs: ClassVar[Can] = Can.TAMPER | Can.SEE_MODELS
     paper: ClassVar[str] = "Fowl et al. 2022, https://arxiv.org/abs/2110.13057"
 
     bins: Annotated[int, Field(ge=1)] = 256
@@ -98,10 +98,7 @@ class Imprint(Attack):
 
     def architecture(self, model: nn.Module, task: Task) -> nn.Module:
         """``model`` with the block registered as ``imprint`` and run on its input; the honest keys stay as they are."""
-        host = _host(model)
-        model.get_submodule(host).add_module("imprint", Block(task.shape, bins=self.bins, connection=self.connection))
-        model.register_forward_pre_hook(partial(_through, name=f"{host}.imprint".lstrip(".")), prepend=True)
-        return model
+        return insert(model, Block(task.shape, bins=self.bins, connection=self.connection), name="imprint")
 
     def trap(self, task: Task, *, public: Records | None, rng: torch.Generator) -> BlockTrap:
         """The block's weights: one direction for all neurons, edges where images like ``public`` are equally likely between."""
@@ -110,15 +107,15 @@ class Imprint(Attack):
         seen = images.flatten(1) @ towards
         towards, seen = towards / seen.std().clamp_min(1e-6), (seen / seen.std().clamp_min(1e-6)).double()
         edges = quantile_edges(seen, bins=self.bins, rng=rng)
-        prefix = f"{_host(task.build())}.imprint".lstrip(".")
+        place = f"{host(task.build())}.imprint".lstrip(".")
         entries = {
-            f"{prefix}.bins.weight": (self.gain * towards).repeat(self.bins, 1),
-            f"{prefix}.bins.bias": (-self.gain * edges).float(),
+            f"{place}.bins.weight": (self.gain * towards).repeat(self.bins, 1),
+            f"{place}.bins.bias": (-self.gain * edges).float(),
         }
         if self.connection == "linear":
             size = math.prod(task.shape)
-            entries[f"{prefix}.back.weight"] = torch.full((size, self.bins), 1 / self.bins)
-            entries[f"{prefix}.back.bias"] = torch.zeros(size)
+            entries[f"{place}.back.weight"] = torch.full((size, self.bins), 1 / self.bins)
+            entries[f"{place}.back.bias"] = torch.zeros(size)
         return BlockTrap(entries=entries, rounds=self.rounds)
 
     def run(self, capture: Capture, *, rng: torch.Generator) -> Sequence[Reconstruction]:
@@ -127,48 +124,24 @@ class Imprint(Attack):
         Raises:
             FlprivError: if no reply to the block was captured.
         """
-        seen = [o for o in capture.observations if o.trap and o.node is not None and _prefix(o.sent) is not None]
+        seen = [o for o in capture.observations if o.trap and prefix(o.sent, self.name) is not None]
         if not seen:
             raise FlprivError(f"{self.name}: no reply to the block was captured; every site refused it, or none took part")
         return [self._read(observation, capture.task) for observation in track(seen, self.name)]
 
     def _read(self, seen: Observation, task: Task) -> Reconstruction:
-        most, kept = seen.examples, 1.0
-        if seen.local is not None and (seen.local.steps or seen.examples):
-            steps = batches(seen.local, examples=seen.examples)
-            most = 1 + max(max(batch) for batch in steps)
-            if seen.local.optimizer == "sgd":
-                kept = (1 - seen.local.lr * seen.local.weight_decay) ** len(steps)
-        key = _prefix(seen.sent)
+        key = f"{prefix(seen.sent, self.name)}.bins"
         layer = Layer(
             weight=seen.sent[f"{key}.weight"],
             bias=seen.sent[f"{key}.bias"],
             weight_after=seen.returned[f"{key}.weight"],
             bias_after=seen.returned[f"{key}.bias"],
-            kept=kept,
+            kept=behind.kept(seen),
         )
-        found = candidates(layer, most=most)
+        found = candidates(layer, most=behind.images(seen))
         return Reconstruction(
             images=found.images.view(-1, *task.shape), round=seen.round, node=seen.node, confidence=found.confidence
         )
-
-
-def _host(model: nn.Module) -> str:
-    """The name of the module that takes the block in: the root, or within it the first that is no sequence of layers."""
-    name, host = "", model
-    while isinstance(host, nn.Sequential):
-        child, host = next(host.named_children())
-        name = f"{name}.{child}".lstrip(".")
-    return name
-
-
-def _through(model: nn.Module, args: tuple[Tensor, ...], *, name: str) -> tuple[Tensor, ...]:
-    return model.get_submodule(name)(args[0]), *args[1:]
-
-
-def _prefix(sent: State) -> str | None:
-    """The name of the block's dense layer in a state, if it is there."""
-    return next((key.removesuffix(".weight") for key in sent if f".{key}".endswith(".imprint.bins.weight")), None)
 
 
 def quantile_edges(projections: Tensor, *, bins: int, rng: torch.Generator) -> Tensor:

@@ -171,8 +171,8 @@ def test_without_a_reply_to_the_block_it_says_so(federate: Make, smooth: Make) -
         Imprint()(replace(honest, granted=honest.granted | Can.TAMPER))
 
 
-@pytest.mark.parametrize("can", [Can.TAMPER, Can.SEE_UPDATES])
-def test_it_needs_to_tamper_and_to_see_updates(federate: Make, smooth: Make, can: Can) -> None:
+@pytest.mark.parametrize("can", [Can.TAMPER, Can.SEE_MODELS])
+def test_it_needs_to_tamper_and_to_see_what_comes_of_it(federate: Make, smooth: Make, can: Can) -> None:
     attack = Imprint(bins=8)
     capture = federate(smooth(8), recipe=BATCH, attack=attack).capture
     with pytest.raises(ThreatError):

@@ -1,0 +1,206 @@
+"""Crossed imprint: images sorted along several directions at once; what shares a bin in one is told apart by the others."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Annotated, ClassVar
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+
+from flpriv.attack import Attack, Trap
+from flpriv.attacks.malicious import behind
+from flpriv.attacks.malicious.crossed_readout import CrossedLayer, principal_directions
+from flpriv.attacks.malicious.imprint import quantile_edges, smooth_noise
+from flpriv.attacks.malicious.insertion import host, insert, prefix
+from flpriv.capture import Capture, Observation
+from flpriv.claim import Goal, Reconstruction
+from flpriv.errors import FlprivError
+from flpriv.progress import track
+from flpriv.records import Records
+from flpriv.state import State
+from flpriv.task import Task
+from flpriv.threat import Can
+
+
+class Block(nn.Module):
+    """``(N, *shape)`` to the same shape: adds to every pixel the mean of neurons each of which answers to one bin alone.
+
+    A neuron's answer rises from 0 to ``gain`` over its bin and stays there, so that its gradient is that of the images in the
+    bin. What sorts images is fixed (buffers); the weights that learn start at zero, so that an update keeps all its digits and
+    more local steps hardly move images from bin to bin.
+
+    Args:
+        shape: of one image.
+        directions: number of directions.
+        bins: of each direction.
+        clients: further neurons, one a client.
+        gain: highest answer of a neuron, > 0.
+        strength: highest brightness added to an image.
+    """
+
+    towards: Tensor
+    lower: Tensor
+    upper: Tensor
+
+    def __init__(self, shape: Sequence[int], *, directions: int, bins: int, clients: int, gain: float, strength: float) -> None:
+        super().__init__()
+        neurons = directions * bins + clients
+        self.bins = nn.Linear(math.prod(shape), neurons)
+        self.register_buffer("towards", torch.zeros(directions, math.prod(shape)))
+        self.register_buffer("lower", torch.zeros(neurons))
+        self.register_buffer("upper", torch.ones(neurons))
+        self._along = [*torch.arange(directions).repeat_interleave(bins).tolist(), *[0] * clients]
+        self._gain, self._strength = gain, strength
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Images as the next layer sees them."""
+        flat = images.flatten(1)
+        place = (flat @ self.towards.T)[:, self._along]
+        sorted_in = self._gain * (place - self.lower) / (self.upper - self.lower)
+        answer: Tensor = (sorted_in + self.bins(flat)).clamp(0, self._gain).mean(1) * (self._strength / self._gain)
+        return images + answer.view(-1, *[1] * (images.dim() - 1))
+
+
+@dataclass(frozen=True, kw_only=True)
+class CrossedTrap(Trap):
+    """Sends the honest model with a filled block before it.
+
+    Args:
+        entries: the block's own entries of the state.
+        place: name of the block in the model.
+        clients: how many clients are told apart.
+        rounds: in which it is sent; none named means all.
+    """
+
+    entries: State
+    place: str
+    clients: int
+    rounds: tuple[int, ...]
+
+    def arm(self, honest: State, *, round: int, node: int, nodes: Sequence[int]) -> State | None:
+        """The honest state with the block's entries after it; where clients are told apart, each answers in a neuron of its own.
+
+        Raises:
+            FlprivError: for more nodes than clients can be told apart.
+        """
+        if self.rounds and round not in self.rounds:
+            return None
+        if not self.clients:
+            return {**honest, **self.entries}
+        if len(nodes) > self.clients:
+            raise FlprivError(f"crossed-imprint: {len(nodes)} nodes, clients = {self.clients} tells too few apart")
+        lower, upper = (self.entries[f"{self.place}.{edge}"].clone() for edge in ("lower", "upper"))
+        own = len(lower) - self.clients + list(nodes).index(node)
+        lower[own], upper[own] = -_FAR, _FAR
+        return {**honest, **self.entries, f"{self.place}.lower": lower, f"{self.place}.upper": upper}
+
+
+_FAR = 1e4
+"""No image lies as far along any direction, measured in standard deviations."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class CrossedImprint(Attack):
+    """Sends a block that sorts images into bins along several directions, and takes even shared bins apart, in sums too.
+
+    Every image falls into one bin of each direction. Which bins hold the same image is told by linear algebra, and images come
+    back to the last digits, from one site or a sum over many, from one local step of SGD or several. The published imprint (one
+    direction) loses every image that shares its bin. Directions are the principal components of public images, or of smooth
+    random images where none are granted. Where noise hides which bins belong together, each bin is read by itself; and images
+    must be linearly independent, as those of patients are.
+
+    Args:
+        bins: number of neurons in all, ≥ 3; images up to half that number are told apart, beyond it ever fewer.
+        directions: 1 to 3; three bear the fullest bins.
+        clients: with this many neurons more, images in a sum are attributed to as many clients, each of which gets a model of its
+            own; 0 leaves them together.
+        strength: highest brightness that the block adds to an image, > 0; what the model sees of the block.
+        gain: scale of the neurons, > 0; smaller ones make larger updates, larger ones bear more and longer local steps.
+        rounds: when the block is sent; none named means every round.
+    """
+
+    name: ClassVar[str] = "crossed-imprint"
+    goal: ClassVar[Goal] = Goal.RECONSTRUCTION
+    needs: ClassVar[Can] = Can.TAMPER | Can.SEE_MODELS
+    paper: ClassVar[str] = (
+        "after Fowl et al., Robbing the Fed, ICLR 2022 (arXiv 2110.13057); "
+        "Schmidt, Multiple Emitter Location and Signal Parameter Estimation, IEEE Trans. Antennas Propag. 1986"
+    )
+
+    bins: Annotated[int, Field(ge=3)] = 512
+    directions: Annotated[int, Field(ge=1, le=3)] = 3
+    clients: Annotated[int, Field(ge=0)] = 0
+    strength: Annotated[float, Field(gt=0)] = 0.1
+    gain: Annotated[float, Field(gt=0)] = 1.0
+    rounds: tuple[int, ...] = (1,)
+
+    def architecture(self, model: nn.Module, task: Task) -> nn.Module:
+        """``model`` with the block run on its input; the honest keys stay as they are."""
+        block = Block(
+            task.shape,
+            directions=self.directions,
+            bins=self.bins // self.directions,
+            clients=self.clients,
+            gain=self.gain,
+            strength=self.strength,
+        )
+        return insert(model, block, name="crossed")
+
+    def trap(self, task: Task, *, public: Records | None, rng: torch.Generator) -> CrossedTrap:
+        """The block: directions along which public images differ most, edges where images are equally likely between."""
+        images = public.images if public is not None and len(public) > self.directions else smooth_noise(256, task.shape, rng=rng)
+        towards = principal_directions(images, count=self.directions)
+        per = self.bins // self.directions
+        lower, upper = [], []
+        for seen in (images.flatten(1) @ towards.T).double().T:
+            edges = quantile_edges(seen, bins=per, rng=rng)
+            lower.append(edges)
+            upper.append(torch.cat([edges[1:], torch.maximum(edges[-1:], seen.max()) + 8 * seen.std()]))
+        aside = torch.full((self.clients,), _FAR, dtype=torch.float64)
+        place = f"{host(task.build())}.crossed".lstrip(".")
+        neurons = self.directions * per + self.clients
+        entries = {
+            f"{place}.towards": towards,
+            f"{place}.lower": torch.cat([*lower, aside]).float(),
+            f"{place}.upper": torch.cat([*upper, 2 * aside]).float(),
+            f"{place}.bins.weight": torch.zeros(neurons, math.prod(task.shape)),
+            f"{place}.bins.bias": torch.zeros(neurons),
+        }
+        return CrossedTrap(entries=entries, place=place, clients=self.clients, rounds=self.rounds)
+
+    def run(self, capture: Capture, *, rng: torch.Generator) -> Sequence[Reconstruction]:
+        """Claims about each armed reply or sum: images with ``confidence``, the surest first; perhaps none at all.
+
+        Raises:
+            FlprivError: if no reply to the block was captured.
+        """
+        armed = [(o, place) for o in capture.observations if o.trap and (place := prefix(o.sent, "crossed")) is not None]
+        if not armed:
+            raise FlprivError(f"{self.name}: no reply to the block was captured; every site refused it, or none took part")
+        return [claim for seen, place in track(armed, self.name) for claim in self._read(seen, place, capture.task)]
+
+    def _read(self, seen: Observation, place: str, task: Task) -> Iterator[Reconstruction]:
+        clients = self.clients if seen.node is None else 0
+        neurons = len(seen.returned[f"{place}.bins.bias"]) - (self.clients - clients)
+        weight, bias, lower, upper = (
+            seen.returned[f"{place}.bins.weight"][:neurons],
+            seen.returned[f"{place}.bins.bias"][:neurons].double(),
+            seen.sent[f"{place}.lower"][:neurons].double(),
+            seen.sent[f"{place}.upper"][:neurons].double(),
+        )
+        towards = seen.sent[f"{place}.towards"]
+        layer = CrossedLayer(weight=weight, bias=bias, towards=towards, lower=lower, upper=upper, clients=clients)
+        found = layer.read(most=behind.images(seen))
+        for column, node in enumerate(seen.nodes) if clients else [(0, seen.node)]:
+            own = found.owner == column
+            yield Reconstruction(
+                images=found.images[own].view(-1, *task.shape),
+                round=seen.round,
+                node=node,
+                confidence=found.confidence[own],
+                method="crossed bins",
+            )
