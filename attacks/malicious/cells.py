@@ -7,7 +7,7 @@ not. Images that are then alone in some cell are taken out of all others, until 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -38,13 +38,14 @@ class Where:
     """Where the images of each cell must lie.
 
     Args:
-        moments: ``(K, 1 + sides)`` float64: of each cell the sum of its images' weights, and of their weighted projections.
+        moments: from shares ``(N, K)`` in what the cells hold to ``(N, 1 + sides)`` float64: the sum of its images' weights, and
+            of their weighted projections.
         lower: ``(K,)`` edge of each cell.
         upper: ``(K,)`` the other edge.
         sides: the cells of each side.
     """
 
-    moments: Tensor
+    moments: Callable[[Tensor], Tensor]
     lower: Tensor
     upper: Tensor
     sides: tuple[range, ...]
@@ -53,14 +54,17 @@ class Where:
         """``(N,)`` how far images with moments ``told`` lie outside their cells, in widths; at most 1 for each cell."""
         if not cells:
             return torch.zeros(0, dtype=told.dtype)
+        found, lower, upper = self.along(told, cells)
+        outside = torch.maximum(lower - found, found - upper).clamp_min(0) / (upper - lower)
+        return outside.nan_to_num(1.0).clamp_max(1).sum(1)
+
+    def along(self, told: Tensor, cells: Sequence[Cells]) -> tuple[Tensor, Tensor, Tensor]:
+        """``(N, n)`` each: where images with moments ``told`` lie along the direction of each of their cells, and its edges."""
         rows = torch.tensor(cells)
         side = torch.zeros_like(rows)
         for place, own in enumerate(self.sides):
             side[(rows >= own.start) & (rows < own.stop)] = place
-        found = told.gather(1, 1 + side) / told[:, :1]
-        lower, upper = self.lower[rows], self.upper[rows]
-        outside = torch.maximum(lower - found, found - upper).clamp_min(0) / (upper - lower)
-        return outside.nan_to_num(1.0).clamp_max(1).sum(1)
+        return told.gather(1, 1 + side) / told[:, :1], self.lower[rows], self.upper[rows]
 
 
 def untangle(contents: Tensor, where: Where, *, most: int | None, rounding: float = 2e-7) -> list[Item]:
@@ -158,36 +162,34 @@ def _independent(scores: Tensor, places: Tensor, inside: Tensor, scale: Tensor, 
 
 def _peel(contents: Tensor, found: Sequence[Cells], where: Where, *, noise: Tensor, rounding: float) -> list[Item]:
     """Take out what is alone in a cell, again and again; a combination one of whose cells is empty by then was none."""
-    rest, size = contents.clone(), contents.norm(dim=1)
-    empty = 3 * noise + 50 * rounding * size
+    rest, left = contents.clone(), contents.norm(dim=1).tolist()
+    size, empty = list(left), (3 * noise + 50 * rounding * contents.norm(dim=1)).tolist()
     made = torch.eye(len(contents), dtype=contents.dtype)
     alive = set(range(len(found)))
     within: dict[int, set[int]] = {}
     for index, cells in enumerate(found):
         for cell in cells:
             within.setdefault(cell, set()).add(index)
-    items = []
+    items: list[Item] = []
 
-    def remove(index: int) -> None:
-        alive.discard(index)
-        for cell in found[index]:
-            within[cell].discard(index)
+    def remove(indices: Iterable[int]) -> None:
+        for index in tuple(indices):
+            alive.discard(index)
+            for cell in found[index]:
+                within[cell].discard(index)
 
-    while True:
-        ghosts = [i for i in alive if any(float(rest[cell].norm()) <= float(empty[cell]) for cell in found[i])]
-        for index in ghosts:
-            remove(index)
-        lone = [cell for cell, inside in within.items() if len(inside) == 1]
-        if not lone:
-            break
-        clearest = max(lone, key=lambda cell: float(rest[cell].norm() / size[cell]))
+    while lone := [cell for cell, inside in within.items() if len(inside) == 1]:
+        clearest = max(lone, key=lambda cell: left[cell] / size[cell])
         (index,) = within[clearest]
         own, parts = rest[clearest].clone(), made[clearest].clone()
+        remove([index])
+        items.append(_item(found[index], parts))
         for cell in found[index]:
             rest[cell] -= own
             made[cell] -= parts
-        items.append(_item(found[index], parts))
-        remove(index)
+            left[cell] = float(rest[cell].norm())
+            if left[cell] <= empty[cell]:
+                remove(within[cell])
     return [*items, *_knot([found[index] for index in sorted(alive)], made, where)]
 
 
@@ -206,10 +208,10 @@ def _knot(found: Sequence[Cells], made: Tensor, where: Where) -> list[Item]:
         pattern[[place[cell] for cell in one], column] = 1
     chosen = _basis(pattern)
     coordinates = torch.linalg.pinv(pattern[:, chosen], rtol=1e-9)
-    told = coordinates @ made[cells] @ where.moments
+    shares = coordinates @ made[cells]
     spare = [column for column in range(len(found)) if column not in set(chosen)]
     within = (coordinates @ pattern[:, spare]).round(decimals=6)
-    shares = coordinates @ made[cells]
+    told = where.moments(shares) if spare else shares
     while spare:
         misfit = where.misfit(told, [found[i] for i in chosen])
         best: tuple[float, int, int] = (-0.5, -1, -1)

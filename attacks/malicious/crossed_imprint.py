@@ -196,7 +196,7 @@ class CrossedImprint(Attack):
         layer = CrossedLayer(weight=weight, bias=bias, towards=towards, lower=lower, upper=upper, clients=clients)
         found = layer.read(most=behind.images(seen))
         for column, node in enumerate(seen.nodes) if clients else [(0, seen.node)]:
-            own = found.owner == column
+            own = found.owner == column if clients else slice(None)
             yield Reconstruction(
                 images=found.images[own].view(-1, *task.shape),
                 round=seen.round,

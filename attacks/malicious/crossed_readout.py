@@ -54,46 +54,55 @@ class CrossedLayer:
         bins = len(self.bias) - self.clients
         per = bins // len(self.towards)
         sides = tuple(range(start, start + per) for start in range(0, bins, per))
-        where = Where(moments=self._moments(bins), lower=self.lower[:bins], upper=self.upper[:bins], sides=sides)
+        where = Where(moments=self._moments, lower=self.lower[:bins], upper=self.upper[:bins], sides=sides)
         contents = self._sketch()
         items = untangle(contents[:bins], where, most=most)
         parts = torch.zeros(len(items), bins, dtype=torch.float64)
         for row, item in enumerate(items):
             parts[row, list(item.parts)] = torch.tensor(list(item.parts.values()), dtype=torch.float64)
-        told = parts @ where.moments
-        scale = _scale(told, items, where) / told[:, 0]
-        outside = where.misfit(
-            torch.cat([told[:, :1], told[:, 1:] * scale[:, None] * told[:, :1]], 1), [item.cells for item in items]
-        )
-        owner = self._owners(parts @ contents[:bins], contents[bins:])
-        found = [self._image(item, float(scale[row])) for row, item in enumerate(items)]
-        excess = torch.tensor([rest for _, rest in found], dtype=torch.float64)
+        told, cells = self._moments(parts), [item.cells for item in items]
+        factor = _factor(*where.along(told, cells)) if items else torch.zeros(0)
+        told[:, 1:] *= factor[:, None]
+        outside = where.misfit(told, cells)
+        scale = factor / told[:, 0]
+        seen = parts @ contents[:bins]
+        raw = seen[:, :-1] * scale[:, None]
+        excess = (raw - raw.clamp(0, 1)).square().mean(1).sqrt()
         confidence = 1 / (1 + outside + 20 * excess)
-        order = _distinct([image for image, _ in found], items, confidence, most)
-        empty = torch.zeros(0, self.weight.shape[1])
-        images = torch.stack([found[row][0] for row in order]) if order else empty
-        return Read(images=images, confidence=confidence[order], owner=owner[order])
+        order = _distinct(raw.clamp(0, 1), items, confidence, most)
+        images = torch.empty(len(order), self.weight.shape[1])
+        for place, row in enumerate(order):
+            self._image(items[row], float(scale[row]), out=images[place])
+        return Read(images=images, confidence=confidence[order], owner=self._owners(seen, contents[bins:])[order])
 
     def _sketch(self) -> Tensor:
-        """``(K, M)`` float64: every so many pixels of each row, and its bias."""
+        """``(K, M)`` float64: every so many pixels of each row that is not empty, and its bias."""
         step = max(1, self.weight.shape[1] // _SKETCH)
-        return torch.cat([self.weight[:, step // 2 :: step].double(), self.bias[:, None]], 1)
+        columns = range(step // 2, self.weight.shape[1], step)
+        sketch = torch.zeros(len(self.bias), len(columns) + 1, dtype=torch.float64)
+        sketch[:, -1] = self.bias
+        busy = self.bias.nonzero().flatten()
+        sketch[busy, :-1] = self.weight[:, columns.start :: step][busy].double()
+        return sketch
 
-    def _moments(self, bins: int) -> Tensor:
-        """``(bins, 1 + directions)`` float64: of each bin the sum of weights, and of weighted projections."""
-        moments = torch.zeros(bins, 1 + len(self.towards), dtype=torch.float64)
-        moments[:, 0] = self.bias[:bins]
-        for row in self.bias[:bins].nonzero().flatten().tolist():
-            moments[row, 1:] = (self.towards @ self.weight[row]).double()
-        return moments
+    def _moments(self, shares: Tensor) -> Tensor:
+        """``(N, 1 + directions)`` float64 of shares ``(N, bins)`` in the bins: sums of weights, and of weighted projections."""
+        moments = torch.zeros(shares.shape[1], 1 + len(self.towards), dtype=torch.float64)
+        for row in shares.any(0).nonzero().flatten().tolist():
+            moments[row, 0], moments[row, 1:] = self.bias[row], self.towards @ self.weight[row]
+        return shares @ moments
 
-    def _image(self, item: Item, scale: float) -> tuple[Tensor, float]:
-        """One image ``(P,)`` in [0, 1], and how far it was outside, root mean square."""
-        total = torch.zeros(self.weight.shape[1], dtype=torch.float64 if len(item.parts) > 1 else torch.float32)
-        for cell, part in item.parts.items():
-            total.add_(self.weight[cell], alpha=part * scale)
-        image = total.clamp(0, 1)
-        return image.float(), float((total - image).square().mean().sqrt())
+    def _image(self, item: Item, scale: float, *, out: Tensor) -> None:
+        """Write one image ``(P,)`` in [0, 1] to ``out``."""
+        if len(item.parts) == 1:
+            ((cell, part),) = item.parts.items()
+            torch.mul(self.weight[cell], part * scale, out=out)
+        else:
+            total = torch.zeros(len(out), dtype=torch.float64)
+            for cell, part in item.parts.items():
+                total.add_(self.weight[cell], alpha=part * scale)
+            out.copy_(total)
+        out.clamp_(0, 1)
 
     def _owners(self, sketches: Tensor, clients: Tensor) -> Tensor:
         """``(N,)`` the client whose sum each image is part of."""
@@ -103,31 +112,23 @@ class CrossedLayer:
         return share.argmax(1)
 
 
-def _scale(told: Tensor, items: Sequence[Item], where: Where) -> Tensor:
-    """``(N,)`` the factor nearest to 1 that brings each image into its own bins, where one does."""
-    if not items:
-        return torch.zeros(0, dtype=torch.float64)
-    low, high = torch.zeros(len(items), dtype=torch.float64), torch.full((len(items),), torch.inf, dtype=torch.float64)
-    for row, item in enumerate(items):
-        for cell in item.cells:
-            side = next(place for place, cells in enumerate(where.sides) if cell in cells)
-            along = float(told[row, 1 + side] / told[row, 0])
-            ends = sorted((float(where.lower[cell]) / along, float(where.upper[cell]) / along)) if along else (0.0, torch.inf)
-            low[row], high[row] = max(float(low[row]), ends[0]), min(float(high[row]), ends[1])
+def _factor(found: Tensor, lower: Tensor, upper: Tensor) -> Tensor:
+    """``(N,)`` the factor nearest to 1 that brings images from ``found`` ``(N, n)`` between all their edges, where one does."""
+    ends = torch.stack([lower / found, upper / found])
+    low, high = ends.amin(0).amax(1), ends.amax(0).amin(1)
     factor = torch.ones_like(low).clamp(low, high)
     return torch.where((low <= high) & (factor > 0.5) & (factor < 2), factor, 1.0)
 
 
-def _distinct(
-    images: Sequence[Tensor], items: Sequence[Item], confidence: Tensor, most: int | None, *, alike: float = 1e-3
-) -> list[int]:
+def _distinct(images: Tensor, items: Sequence[Item], confidence: Tensor, most: int | None, *, alike: float = 1e-3) -> list[int]:
     """Rows by falling confidence, flat images left out; of those not told apart by their bins, one of each that look alike."""
     kept: list[int] = []
+    fit = images.isfinite().all(1) & (images.std(1, correction=0) > 1e-2)
     for row in confidence.argsort(descending=True, stable=True).tolist():
         image = images[row]
         if most is not None and len(kept) == most:
             break
-        if not bool(image.isfinite().all()) or float(image.std()) <= 1e-2:
+        if not fit[row]:
             continue
         if len(items[row].cells) == 1 and any(float((image - images[other]).square().mean()) < alike for other in kept):
             continue

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import Tensor
@@ -28,7 +30,7 @@ def world(images: int, *, sides: int, per: int, seed: int, noise: float = 0.0) -
         contents += noise * torch.randn(contents.shape, generator=rng, dtype=torch.float64)
     edges = torch.arange(per, dtype=torch.float64).repeat(sides)
     bounds = tuple(range(side * per, (side + 1) * per) for side in range(sides))
-    return contents, Where(moments=moments, lower=edges, upper=edges + 1, sides=bounds), own, cells
+    return contents, Where(moments=lambda shares: shares @ moments, lower=edges, upper=edges + 1, sides=bounds), own, cells
 
 
 def rebuilt(items: list[Item], contents: Tensor) -> Tensor:
@@ -56,14 +58,15 @@ def test_every_image_is_found_with_its_cells(images: int, sides: int, per: int, 
 
 def test_a_cell_shared_on_every_side_is_no_obstacle() -> None:
     """Three images of which no one is alone on more than one side."""
-    contents, where, own, _ = world(3, sides=3, per=4, seed=0)
-    contents.zero_(), where.moments.zero_()
-    weights, places = own[:, -1], [(0, 4, 8), (0, 5, 9), (1, 4, 9)]
+    _, where, own, _ = world(3, sides=3, per=4, seed=0)
+    contents, moments = torch.zeros(12, WIDE + 1).double(), torch.zeros(12, 4).double()
+    places = [(0, 4, 8), (0, 5, 9), (1, 4, 9)]
     for image, place in enumerate(places):
         for side, cell in enumerate(place):
             contents[cell] += own[image]
-            where.moments[cell, 0] += weights[image]
-            where.moments[cell, 1 + side] += weights[image] * (cell % 4 + 0.5)
+            moments[cell, 0] += own[image, -1]
+            moments[cell, 1 + side] += own[image, -1] * (cell % 4 + 0.5)
+    where = replace(where, moments=lambda shares: shares @ moments)
     items = untangle(contents, where, most=3)
     assert sorted(item.cells for item in items) == sorted(places)
     assert torch.cdist(own, rebuilt(items, contents)).amin(1).max() < 1e-9
