@@ -68,7 +68,7 @@ class Where:
 
 
 def untangle(contents: Tensor, where: Where, *, most: int | None, rounding: float = 2e-7) -> list[Item]:
-    """The images behind cells, those first that stood alone.
+    """The images behind cells, those first that stood alone; none where there are too many to tell them apart.
 
     Args:
         contents: ``(K, M)`` float64, a part of what each cell holds; more columns than images.
@@ -76,17 +76,24 @@ def untangle(contents: Tensor, where: Where, *, most: int | None, rounding: floa
         most: no more images than this, where it is known; tells noise from content.
         rounding: relative error of each cell.
     """
-    sides, size = where.sides, contents.norm(dim=1)
-    noise = _noise(size, sides, most)
-    busy = [[cell for cell in side if float(size[cell]) > 3 * float(noise[cell])] for side in sides]
-    if not all(busy):
+    size = contents.norm(dim=1)
+    noise = _noise(size, where.sides, most)
+    busy = _busy(size, noise, where.sides)
+    if len(where.sides) == 1 or not all(busy):
         return []
-    if len(sides) == 1:
-        return [Item(cells=(cell,), parts={cell: 1.0}) for cell in busy[0]]
     found = _together(contents, busy, (noise + rounding * size).clamp_min(1e-300))
-    if found is None:
-        return [Item(cells=(cell,), parts={cell: 1.0}) for side in busy for cell in side]
     return _peel(contents, found, where, noise=noise, rounding=rounding)
+
+
+def one_by_one(contents: Tensor, where: Where, *, most: int | None) -> list[Item]:
+    """Each cell that is not empty, as if one image alone were in it; arguments as those of :func:`untangle`."""
+    size = contents.norm(dim=1)
+    busy = _busy(size, _noise(size, where.sides, most), where.sides)
+    return [Item(cells=(cell,), parts={cell: 1.0}) for side in busy for cell in side]
+
+
+def _busy(size: Tensor, noise: Tensor, sides: Sequence[range]) -> list[list[int]]:
+    return [[cell for cell in side if float(size[cell]) > 3 * float(noise[cell])] for side in sides]
 
 
 def _noise(size: Tensor, sides: Sequence[range], most: int | None) -> Tensor:
@@ -99,15 +106,15 @@ def _noise(size: Tensor, sides: Sequence[range], most: int | None) -> Tensor:
     return noise
 
 
-def _together(contents: Tensor, busy: Sequence[Sequence[int]], noise: Tensor) -> list[Cells] | None:
-    """Combinations of one cell of each side that could be an image's, surest first; ``None`` where there are too many images."""
+def _together(contents: Tensor, busy: Sequence[Sequence[int]], noise: Tensor) -> list[Cells]:
+    """Combinations of one cell of each side that could be an image's, surest first; none where there are too many images."""
     rows = torch.tensor([cell for side in busy for cell in side])
     scale = 1 / noise[rows]
     clean = contents[rows] * scale[:, None]
     left, values, _ = torch.linalg.svd(torch.linalg.qr(clean.T).R.T)
     rank = int((values > 2).sum())
     if rank >= len(rows) - len(busy) + 1:
-        return None
+        return []
     inside = left[:, :rank]
     apart = (torch.eye(len(rows), dtype=clean.dtype) - inside @ inside.T) * scale[:, None] * scale
     scores, places = _scores(apart, scale.square(), [len(side) for side in busy])

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from flpriv.attacks.malicious.cells import Item, Where, untangle
+from flpriv.attacks.malicious.cells import Item, Where, one_by_one, untangle
 
 _SKETCH = 1024
 """Pixels by which images are told apart; the images themselves are put together from all."""
+_ROUNDINGS = (2e-7, 1e-3)
+"""Relative errors of an update, those of float32 and of half precision."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,6 +29,25 @@ class Read:
     images: Tensor
     confidence: Tensor
     owner: Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Guess:
+    """One way to take the cells apart: images, the factor that makes each one of its cells' contents, and the order to offer."""
+
+    items: Sequence[Item]
+    scale: Tensor
+    confidence: Tensor
+    order: list[int]
+
+    @property
+    def believed(self) -> float:
+        """How many images are believed, each as far as it is."""
+        return float(self.confidence[self.order].square().sum())
+
+    @property
+    def sure(self) -> bool:
+        return bool(self.order) and self.believed > 0.9 * len(self.items)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,24 +77,39 @@ class CrossedLayer:
         sides = tuple(range(start, start + per) for start in range(0, bins, per))
         where = Where(moments=self._moments, lower=self.lower[:bins], upper=self.upper[:bins], sides=sides)
         contents = self._sketch()
-        items = untangle(contents[:bins], where, most=most)
-        parts = torch.zeros(len(items), bins, dtype=torch.float64)
-        for row, item in enumerate(items):
-            parts[row, list(item.parts)] = torch.tensor(list(item.parts.values()), dtype=torch.float64)
-        told, cells = self._moments(parts), [item.cells for item in items]
-        factor = _factor(*where.along(told, cells)) if items else torch.zeros(0)
+        best = _Guess(items=[], scale=torch.zeros(0), confidence=torch.zeros(0, dtype=torch.float64), order=[])
+        for rounding in (*_ROUNDINGS, None):
+            if rounding is None:
+                items = _alike(one_by_one(contents[:bins], where, most=most), contents)
+            else:
+                items = untangle(contents[:bins], where, most=most, rounding=rounding)
+            guess = self._guess(items, where, contents, most)
+            if guess.believed > best.believed:
+                best = guess
+            if best.sure:
+                break
+        images = torch.empty(len(best.order), self.weight.shape[1])
+        for place, row in enumerate(best.order):
+            self._image(best.items[row], float(best.scale[row]), out=images[place])
+        seen = _parts(best.items, bins) @ contents[:bins]
+        owner = self._owners(seen, contents[bins:])
+        return Read(images=images, confidence=best.confidence[best.order], owner=owner[best.order])
+
+    def _guess(self, items: Sequence[Item], where: Where, contents: Tensor, most: int | None) -> _Guess:
+        """How far ``items`` are to be believed, by what ``contents`` tell of them."""
+        if not items:
+            return _Guess(items=[], scale=torch.zeros(0), confidence=torch.zeros(0, dtype=torch.float64), order=[])
+        parts, cells = _parts(items, len(where.lower)), [item.cells for item in items]
+        told = self._moments(parts)
+        factor = _factor(*where.along(told, cells))
         told[:, 1:] *= factor[:, None]
-        outside = where.misfit(told, cells)
         scale = factor / told[:, 0]
-        seen = parts @ contents[:bins]
-        raw = seen[:, :-1] * scale[:, None]
+        raw = (parts @ contents[: len(where.lower), :-1]) * scale[:, None]
         excess = (raw - raw.clamp(0, 1)).square().mean(1).sqrt()
-        confidence = 1 / (1 + outside + 20 * excess)
-        order = _distinct(raw.clamp(0, 1), items, confidence, most)
-        images = torch.empty(len(order), self.weight.shape[1])
-        for place, row in enumerate(order):
-            self._image(items[row], float(scale[row]), out=images[place])
-        return Read(images=images, confidence=confidence[order], owner=self._owners(seen, contents[bins:])[order])
+        confidence = (1 / (1 + where.misfit(told, cells) + 20 * excess)).nan_to_num(0.0)
+        fit = raw.isfinite().all(1) & (raw.clamp(0, 1).std(1, correction=0) > 1e-2)
+        order = [row for row in confidence.argsort(descending=True, stable=True).tolist() if fit[row]][:most]
+        return _Guess(items=items, scale=scale, confidence=confidence, order=order)
 
     def _sketch(self) -> Tensor:
         """``(K, M)`` float64: every so many pixels of each row that is not empty, and its bias."""
@@ -120,20 +156,27 @@ def _factor(found: Tensor, lower: Tensor, upper: Tensor) -> Tensor:
     return torch.where((low <= high) & (factor > 0.5) & (factor < 2), factor, 1.0)
 
 
-def _distinct(images: Tensor, items: Sequence[Item], confidence: Tensor, most: int | None, *, alike: float = 1e-3) -> list[int]:
-    """Rows by falling confidence, flat images left out; of those not told apart by their bins, one of each that look alike."""
-    kept: list[int] = []
-    fit = images.isfinite().all(1) & (images.std(1, correction=0) > 1e-2)
-    for row in confidence.argsort(descending=True, stable=True).tolist():
-        image = images[row]
-        if most is not None and len(kept) == most:
-            break
-        if not fit[row]:
-            continue
-        if len(items[row].cells) == 1 and any(float((image - images[other]).square().mean()) < alike for other in kept):
-            continue
-        kept.append(row)
-    return kept
+def _parts(items: Sequence[Item], cells: int) -> Tensor:
+    """``(N, cells)`` float64 what each item is made of."""
+    parts = torch.zeros(len(items), cells, dtype=torch.float64)
+    for row, item in enumerate(items):
+        parts[row, list(item.parts)] = torch.tensor(list(item.parts.values()), dtype=torch.float64)
+    return parts
+
+
+def _alike(items: Sequence[Item], contents: Tensor, *, alike: float = 4e-3) -> list[Item]:
+    """Single cells, those that show the same image (mean square below ``alike``) added up: noise that they do not share fades."""
+    rows = torch.tensor([item.cells[0] for item in items], dtype=torch.long)
+    pull = contents[rows, -1]
+    images = contents[rows, :-1] / pull[:, None]
+    groups: list[list[int]] = []
+    for row in pull.abs().argsort(descending=True).tolist():
+        near = next((group for group in groups if float((images[row] - images[group[0]]).square().mean()) < alike), None)
+        if near is None:
+            groups.append([row])
+        else:
+            near.append(row)
+    return [replace(items[group[0]], parts={items[row].cells[0]: 1.0 for row in group}) for group in groups]
 
 
 def principal_directions(images: Tensor, *, count: int) -> Tensor:

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from flpriv.attacks.malicious.cells import Item, Where, untangle
+from flpriv.attacks.malicious.cells import Item, Where, one_by_one, untangle
 
 WIDE = 400
 
@@ -39,9 +39,7 @@ def rebuilt(items: list[Item], contents: Tensor) -> Tensor:
     )
 
 
-@pytest.mark.parametrize(
-    ("images", "sides", "per"), [(20, 1, 400), (40, 2, 100), (64, 2, 256), (64, 3, 170), (192, 3, 170), (256, 3, 170)]
-)
+@pytest.mark.parametrize(("images", "sides", "per"), [(40, 2, 100), (64, 2, 256), (64, 3, 170), (192, 3, 170), (256, 3, 170)])
 @pytest.mark.parametrize("seed", [0, 1])
 def test_every_image_is_found_with_its_cells(images: int, sides: int, per: int, seed: int) -> None:
     contents, where, own, cells = world(images, sides=sides, per=per, seed=seed)
@@ -85,9 +83,10 @@ def test_a_little_noise_is_borne_and_makes_nothing_up() -> None:
     assert float((torch.cdist(own, made).amin(1) / own.norm(dim=1) < 0.05).double().mean()) >= 0.8
 
 
-def test_with_more_images_than_cells_each_cell_is_offered_by_itself() -> None:
+def test_with_more_images_than_cells_nothing_is_told_apart_and_each_cell_stands_for_itself() -> None:
     contents, where, _, _ = world(120, sides=3, per=12, seed=0)
-    items = untangle(contents, where, most=120)
+    assert untangle(contents, where, most=120) == []
+    items = one_by_one(contents, where, most=120)
     assert {len(item.cells) for item in items} == {1}
     assert {item.cells[0] for item in items} == set(contents.norm(dim=1).nonzero().flatten().tolist())
 
