@@ -31,6 +31,8 @@ from flpriv.threat import DESCRIPTIONS, Can
 from flpriv.witness import Witness, read_witnesses
 
 if TYPE_CHECKING:
+    from torch import nn
+
     from flpriv.finding import Metric
     from flpriv.truth import Truth
 
@@ -257,6 +259,7 @@ def _result(scenario: Scenario, setting: Setting, where: Path, witnesses: Sequen
         rounds=setting.rounds,
         utility=_utility(scenario, setting, where, "test"),
         train_utility=_utility(scenario, setting, where, "train"),
+        armed_utility=_armed_utility(scenario, setting, where),
         epsilon=epsilon,
         seconds=float(ran.get("seconds", 0.0)),
         events=events,
@@ -265,13 +268,48 @@ def _result(scenario: Scenario, setting: Setting, where: Path, witnesses: Sequen
 
 def _utility(scenario: Scenario, setting: Setting, where: Path, split: Any) -> tuple[Metric, ...]:
     """Metrics of the final model on one split of all sites; the auditor may look, the adversary may not."""
-    import torch
     from safetensors.torch import load_file
+
+    model = data.task(scenario, setting.defenses).build()
+    model.load_state_dict(load_file(where / "final.safetensors"), strict=True)
+    return _tried(model, scenario, split)
+
+
+def _armed_utility(scenario: Scenario, setting: Setting, where: Path) -> tuple[Metric, ...]:
+    """What a site would see that tries the trapped model it received, beside the honest model of that round."""
+    import torch
+
+    if not setting.trap:
+        return ()
+    spec, task = scenario.attack(setting.trap), data.task(scenario, setting.defenses)
+    capture = open_capture(where / "capture", task=task)
+    delivered = [seen for seen in capture.observations if seen.trap == setting.trap and seen.nodes]
+    delivered = [seen for seen in delivered if seen.round <= len(capture.models)]
+    if not delivered:
+        return ()
+    seen, honest = delivered[-1], capture.models[delivered[-1].round - 1]
+    made: Attack = create("attacks", spec.attack, spec.options, files=scenario.plugins)
+    trap = made.trap(task, public=capture.public, rng=torch.Generator().manual_seed(derive(scenario.seed, "trap", spec.label)))
+    node = seen.nodes[0] if seen.node is None else seen.node
+    sent = trap.arm(honest, round=seen.round, node=node, nodes=seen.nodes) if trap is not None else None
+    if sent is None:
+        return ()
+    model, armed = task.build(), made.architecture(task.build(), task)
+    model.load_state_dict(dict(honest))
+    armed.load_state_dict(dict(sent))
+    without = {metric.name: metric.value for metric in _tried(model, scenario, "test")}
+    return tuple(
+        replace(metric, null=without[metric.name], null_name="honest model") for metric in _tried(armed, scenario, "test")
+    )
+
+
+def _tried(model: nn.Module, scenario: Scenario, split: Any) -> tuple[Metric, ...]:
+    """Metrics of a model on one split of all sites, none where that is empty."""
+    import torch
 
     from flpriv.measures.utility import utility
 
-    model = data.task(scenario, setting.defenses).build().eval()
-    model.load_state_dict(load_file(where / "final.safetensors"), strict=True)
+    model.eval()
     parts = [data.records(scenario, index, split) for index in range(len(data.sites(scenario)))]
     parts = [part for part in parts if len(part)]
     if not parts:

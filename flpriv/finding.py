@@ -174,6 +174,8 @@ class SettingResult:
         rounds: how many were run.
         utility: held-out metrics of the final model (``"balanced accuracy"``, ``"AUROC"``, ``"accuracy"``).
         train_utility: the same on training records.
+        armed_utility: held-out metrics of the model that armed sites received, as they would see them if they tried it; the null
+            is the honest model in its place.
         epsilon: claimed epsilon by site, where a defence accounts for it.
         seconds: wall time of training.
         events: what went wrong or was refused.
@@ -186,6 +188,7 @@ class SettingResult:
     rounds: int
     utility: tuple[Metric, ...]
     train_utility: tuple[Metric, ...] = ()
+    armed_utility: tuple[Metric, ...] = ()
     epsilon: Mapping[str, float] = field(default_factory=dict)
     seconds: float = 0.0
     events: tuple[Event, ...] = ()

@@ -88,7 +88,7 @@ class ThreatTable:
         grant: capabilities added by name.
         deny: capabilities taken away by name.
         tamper_rounds: rounds in which a malicious operator delivers its trap.
-        victims: to how many sites it delivers it, the first that are asked; all where not given.
+        victims: to how many sites it delivers it, the first of those that take part; all where not given.
         exposed: share of each site's training records the adversary holds with their site, for attribute inference.
         candidates: at most this many records are asked about, half of them members.
     """

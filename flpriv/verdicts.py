@@ -134,6 +134,7 @@ def _setting(table: Table) -> SettingResult:
             **table,
             "utility": tuple(map(_metric, table["utility"])),
             "train_utility": tuple(map(_metric, table["train_utility"])),
+            "armed_utility": tuple(map(_metric, table.get("armed_utility", ()))),
             "epsilon": {site: float(value) for site, value in table["epsilon"].items()},
             "seconds": float(table["seconds"]),
             "events": tuple(Event(**event) for event in table["events"]),

@@ -60,7 +60,7 @@ class Wiretap(Strategy):
             there is a trap.
         trap: what a malicious operator sends in place of the honest model.
         tamper_rounds: rounds in which the trap is delivered.
-        victims: to how many nodes it is delivered, the first that are asked; ``None`` for all.
+        victims: to how many nodes it is delivered, the first of the grid that are asked; ``None`` for all.
         label: of the attack that brings the trap, noted with each observation it caused.
         architecture: label under which armed nodes find the model definition the operator ships; empty for the agreed one.
         checkpoints: folder for a checkpoint after each round; none are written without it.
@@ -143,7 +143,8 @@ class Wiretap(Strategy):
         messages = list(self._honest["configure_train"](round, arrays, config, grid))
         states: dict[int, State] = {}
         self._deliveries, self._sum, self._records = {}, Sum(), {}
-        nodes = tuple(message.metadata.dst_node_id for message in messages)[: self.victims]
+        asked = {message.metadata.dst_node_id for message in messages}
+        nodes = tuple(node for node in grid.get_node_ids() if node in asked)[: self.victims] if self.trap else ()
         return [self._deliver(message, round, states, nodes) for message in messages]
 
     def aggregate_train(self, server_round: int, replies: Iterable[Message]) -> tuple[ArrayRecord | None, MetricRecord | None]:

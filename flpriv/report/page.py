@@ -88,6 +88,7 @@ class Run:
     chapters: tuple[tuple[Goal, tuple[AttackView, ...]], ...]
     scatters: tuple[Scatter, ...]
     utilities: tuple[str, ...]
+    armed: bool
     doubts: tuple[tuple[str, tuple[str, ...]], ...]
     utility: Metric | None
 
@@ -187,6 +188,7 @@ def _run(verdict: Verdict, id: str, *, most: int, room: int) -> Run:
         chapters=tuple(_chapters(verdict, id, most=most, room=room)),
         scatters=tuple(_scatters(verdict, id)),
         utilities=tuple(utilities),
+        armed=any(setting.armed_utility for setting in verdict.settings),
         doubts=tuple(_doubts(verdict.findings)),
         utility=_undefended_utility(verdict),
     )

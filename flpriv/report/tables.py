@@ -26,7 +26,7 @@ COLUMNS = (
     "value", "low", "high", "n", "unit", "null", "null_name", "second_null", "second_null_name",
     "threshold", "note", "message", "seconds",
 )  # fmt: skip
-"""Columns of the CSV. ``kind`` is ``"attack"``, ``"utility"``, ``"train utility"`` or ``"claimed epsilon"``."""
+"""Columns of the CSV; ``kind``: ``"attack"``, ``"utility"``, ``"train utility"``, ``"armed utility"``, ``"claimed epsilon"``."""
 
 _SHARES = ("fraction", "accuracy", "balanced accuracy", "tpr", "recall", "lift", "re-identification", "lenient rule")
 
@@ -240,6 +240,8 @@ def _rows(verdict: Verdict) -> Iterable[dict[str, Any]]:
             yield about | {"kind": "utility"} | _numbers(metric)
         for metric in setting.train_utility:
             yield about | {"kind": "train utility"} | _numbers(metric)
+        for metric in setting.armed_utility:
+            yield about | {"kind": "armed utility"} | _numbers(metric)
         for site, epsilon in setting.epsilon.items():
             yield about | {"kind": "claimed epsilon", "site": site, "metric": "epsilon", "value": epsilon}
 
