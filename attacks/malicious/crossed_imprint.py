@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Annotated, ClassVar
 
 import torch
@@ -14,8 +14,9 @@ from torch import Tensor, nn
 from flpriv.attack import Attack, Trap
 from flpriv.attacks.malicious import behind
 from flpriv.attacks.malicious.crossed_readout import CrossedLayer, principal_directions
+from flpriv.attacks.malicious.deeper import shown
 from flpriv.attacks.malicious.imprint import quantile_edges, smooth_noise
-from flpriv.attacks.malicious.insertion import host, insert, prefix
+from flpriv.attacks.malicious.insertion import host, insert, prefix, received
 from flpriv.capture import Capture, Observation
 from flpriv.claim import Goal, Reconstruction
 from flpriv.errors import FlprivError
@@ -67,19 +68,21 @@ class Block(nn.Module):
 
 @dataclass(frozen=True, kw_only=True)
 class CrossedTrap(Trap):
-    """Sends the honest model with a filled block before it.
+    """Sends the honest model with a filled block before it, or before a layer of it.
 
     Args:
-        entries: the block's own entries of the state.
-        place: name of the block in the model.
-        clients: how many clients are told apart.
-        rounds: in which it is sent; none named means all.
+        attack: whose trap it is.
+        task: what the federation learns.
+        images: ``(N, *shape)`` like those of the sites.
+        seed: of the edges.
+        filled: the block's entries by round; deeper in the model they depend on the layers before it.
     """
 
-    entries: State
-    place: str
-    clients: int
-    rounds: tuple[int, ...]
+    attack: CrossedImprint
+    task: Task
+    images: Tensor
+    seed: int
+    filled: dict[int, State] = field(default_factory=dict)
 
     def arm(self, honest: State, *, round: int, node: int, nodes: Sequence[int]) -> State | None:
         """The honest state with the block's entries after it; where clients are told apart, each answers in a neuron of its own.
@@ -87,18 +90,52 @@ class CrossedTrap(Trap):
         Raises:
             FlprivError: for more nodes than clients can be told apart.
         """
-        if self.rounds and round not in self.rounds:
+        clients = self.attack.clients
+        if self.attack.rounds and round not in self.attack.rounds:
             return None
-        if not self.clients:
-            return {**honest, **self.entries}
-        if len(nodes) > self.clients:
-            raise FlprivError(f"crossed-imprint: {len(nodes)} nodes, clients = {self.clients} tells too few apart")
-        lower, upper = (self.entries[f"{self.place}.{edge}"].clone() for edge in ("lower", "upper"))
-        own = len(lower) - self.clients + list(nodes).index(node)
-        lower[own], upper[own] = -_FAR, _FAR
-        return {**honest, **self.entries, f"{self.place}.lower": lower, f"{self.place}.upper": upper}
+        if clients and len(nodes) > clients:
+            raise FlprivError(f"crossed-imprint: {len(nodes)} nodes, clients = {clients} tells too few apart")
+        when = round if self.attack.before else 0
+        if when not in self.filled:
+            self.filled[when] = self._fill(honest)
+        entries = dict(self.filled[when])
+        if clients:
+            for edge, value in (("lower", -_FAR), ("upper", _FAR)):
+                key = next(key for key in entries if key.endswith(f".{edge}"))
+                entries[key] = entries[key].clone()
+                entries[key][len(entries[key]) - clients + list(nodes).index(node)] = value
+        return {**honest, **entries}
+
+    def _fill(self, honest: State) -> State:
+        """Directions along which what reaches the block differs most, edges where it is equally likely between."""
+        attack, rng, model = self.attack, torch.Generator().manual_seed(self.seed), self.task.build().eval()
+        seen = self.images
+        if attack.before:
+            model.load_state_dict(dict(honest))
+            with torch.inference_mode():
+                seen = received(model, seen, attack.before)
+        towards = principal_directions(seen, count=attack.directions)
+        per = attack.bins // attack.directions
+        lower, upper = [], []
+        for along in (seen.flatten(1) @ towards.T).double().T:
+            edges = quantile_edges(along, bins=per, rng=rng)
+            edges[0] -= _WIDE * along.std()
+            lower.append(edges)
+            upper.append(torch.cat([edges[1:], torch.maximum(edges[-1:], along.max()) + _WIDE * along.std()]))
+        aside = torch.full((attack.clients,), _FAR, dtype=torch.float64)
+        place = f"{host(model, attack.before)}.crossed".lstrip(".")
+        neurons = attack.directions * per + attack.clients
+        return {
+            f"{place}.towards": towards,
+            f"{place}.lower": torch.cat([*lower, aside]).float(),
+            f"{place}.upper": torch.cat([*upper, 2 * aside]).float(),
+            f"{place}.bins.weight": torch.zeros(neurons, seen[0].numel()),
+            f"{place}.bins.bias": torch.zeros(neurons),
+        }
 
 
+_WIDE = 100.0
+"""How far the outermost bins reach, in standard deviations: images may be unlike the public ones."""
 _FAR = 1e4
 """No image lies as far along any direction, measured in standard deviations."""
 
@@ -121,6 +158,9 @@ class CrossedImprint(Attack):
         strength: highest brightness that the block adds to an image, > 0; what the model sees of the block.
         gain: scale of the neurons, > 0; smaller ones make larger updates, larger ones bear more and longer local steps.
         rounds: when the block is sent; none named means every round.
+        before: name of the layer the block is put before, empty for the whole model. Deeper, what the layer receives comes back,
+            and images that give it are searched for; batch statistics before it must not be those of the batch.
+        iterations: evaluations of that search for each image, at most.
     """
 
     name: ClassVar[str] = "crossed-imprint"
@@ -137,40 +177,28 @@ class CrossedImprint(Attack):
     strength: Annotated[float, Field(gt=0)] = 0.1
     gain: Annotated[float, Field(gt=0)] = 1.0
     rounds: tuple[int, ...] = (1,)
+    before: str = ""
+    iterations: Annotated[int, Field(ge=1)] = 500
 
     def architecture(self, model: nn.Module, task: Task) -> nn.Module:
         """``model`` with the block run on its input; the honest keys stay as they are."""
+        shape = task.shape
+        if self.before:
+            shape = tuple(received(task.build().eval(), torch.zeros(1, *task.shape), self.before).shape[1:])
         block = Block(
-            task.shape,
+            shape,
             directions=self.directions,
             bins=self.bins // self.directions,
             clients=self.clients,
             gain=self.gain,
             strength=self.strength,
         )
-        return insert(model, block, name="crossed")
+        return insert(model, block, name="crossed", before=self.before)
 
     def trap(self, task: Task, *, public: Records | None, rng: torch.Generator) -> CrossedTrap:
-        """The block: directions along which public images differ most, edges where images are equally likely between."""
+        """The block, filled by public images, or by smooth random ones, when it is sent."""
         images = public.images if public is not None and len(public) > self.directions else smooth_noise(256, task.shape, rng=rng)
-        towards = principal_directions(images, count=self.directions)
-        per = self.bins // self.directions
-        lower, upper = [], []
-        for seen in (images.flatten(1) @ towards.T).double().T:
-            edges = quantile_edges(seen, bins=per, rng=rng)
-            lower.append(edges)
-            upper.append(torch.cat([edges[1:], torch.maximum(edges[-1:], seen.max()) + 8 * seen.std()]))
-        aside = torch.full((self.clients,), _FAR, dtype=torch.float64)
-        place = f"{host(task.build())}.crossed".lstrip(".")
-        neurons = self.directions * per + self.clients
-        entries = {
-            f"{place}.towards": towards,
-            f"{place}.lower": torch.cat([*lower, aside]).float(),
-            f"{place}.upper": torch.cat([*upper, 2 * aside]).float(),
-            f"{place}.bins.weight": torch.zeros(neurons, math.prod(task.shape)),
-            f"{place}.bins.bias": torch.zeros(neurons),
-        }
-        return CrossedTrap(entries=entries, place=place, clients=self.clients, rounds=self.rounds)
+        return CrossedTrap(attack=self, task=task, images=images, seed=int(torch.randint(2**31, (1,), generator=rng)))
 
     def run(self, capture: Capture, *, rng: torch.Generator) -> Sequence[Reconstruction]:
         """Claims about each armed reply or sum: images with ``confidence``, the surest first; perhaps none at all.
@@ -181,9 +209,9 @@ class CrossedImprint(Attack):
         armed = [(o, place) for o in capture.observations if o.trap and (place := prefix(o.sent, "crossed")) is not None]
         if not armed:
             raise FlprivError(f"{self.name}: no reply to the block was captured; every site refused it, or none took part")
-        return [claim for seen, place in track(armed, self.name) for claim in self._read(seen, place, capture.task)]
+        return [claim for seen, place in track(armed, self.name) for claim in self._read(seen, place, capture.task, rng)]
 
-    def _read(self, seen: Observation, place: str, task: Task) -> Iterator[Reconstruction]:
+    def _read(self, seen: Observation, place: str, task: Task, rng: torch.Generator) -> Iterator[Reconstruction]:
         clients = self.clients if seen.node is None else 0
         neurons = len(seen.returned[f"{place}.bins.bias"]) - (self.clients - clients)
         weight, bias, lower, upper = (
@@ -194,13 +222,16 @@ class CrossedImprint(Attack):
         )
         towards = seen.sent[f"{place}.towards"]
         layer = CrossedLayer(weight=weight, bias=bias, towards=towards, lower=lower, upper=upper, clients=clients)
-        found = layer.read(most=behind.images(seen))
+        found = layer.read(most=behind.images(seen), pixels=not self.before)
+        images = found.images
+        if self.before and len(images):
+            images = shown(task, seen.sent, images, before=self.before, rng=rng, iterations=self.iterations)
         for column, node in enumerate(seen.nodes) if clients else [(0, seen.node)]:
             own = found.owner == column if clients else slice(None)
             yield Reconstruction(
-                images=found.images[own].view(-1, *task.shape),
+                images=images[own].view(-1, *task.shape),
                 round=seen.round,
                 node=node,
                 confidence=found.confidence[own],
-                method="crossed bins",
+                method=found.method,
             )

@@ -21,14 +21,16 @@ class Read:
     """Images that may be records, the surest first.
 
     Args:
-        images: ``(N, P)`` float32 in [0, 1].
+        images: ``(N, P)`` float32.
         confidence: ``(N,)`` float64 in (0, 1]; 1 for an image that lies in the box and in its own bins.
         owner: ``(N,)`` which client's neuron tells of each, 0 where clients are not told apart.
+        method: how they were found, in words.
     """
 
     images: Tensor
     confidence: Tensor
     owner: Tensor
+    method: str
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,8 +72,13 @@ class CrossedLayer:
     upper: Tensor
     clients: int = 0
 
-    def read(self, *, most: int | None) -> Read:
-        """All images the layer tells of, at most ``most``. A row of ``weight`` is looked at only where its bin is not empty."""
+    def read(self, *, most: int | None, pixels: bool = True) -> Read:
+        """All images the layer tells of, at most ``most``. A row of ``weight`` is looked at only where its bin is not empty.
+
+        Args:
+            most: no more images than this.
+            pixels: whether values must lie in [0, 1]; those inside a network need not.
+        """
         bins = len(self.bias) - self.clients
         per = bins // len(self.towards)
         sides = tuple(range(start, start + per) for start in range(0, bins, per))
@@ -83,7 +90,7 @@ class CrossedLayer:
                 items = _alike(one_by_one(contents[:bins], where, most=most), contents)
             else:
                 items = untangle(contents[:bins], where, most=most, rounding=rounding)
-            guess = self._guess(items, where, contents, most)
+            guess = self._guess(items, where, contents, most, pixels)
             if guess.believed > best.believed:
                 best = guess
             if best.sure:
@@ -91,11 +98,14 @@ class CrossedLayer:
         images = torch.empty(len(best.order), self.weight.shape[1])
         for place, row in enumerate(best.order):
             self._image(best.items[row], float(best.scale[row]), out=images[place])
+        if pixels:
+            images.clamp_(0, 1)
         seen = _parts(best.items, bins) @ contents[:bins]
         owner = self._owners(seen, contents[bins:])
-        return Read(images=images, confidence=best.confidence[best.order], owner=owner[best.order])
+        method = "crossed bins" if all(len(item.cells) == len(sides) for item in best.items) else "bins one by one"
+        return Read(images=images, confidence=best.confidence[best.order], owner=owner[best.order], method=method)
 
-    def _guess(self, items: Sequence[Item], where: Where, contents: Tensor, most: int | None) -> _Guess:
+    def _guess(self, items: Sequence[Item], where: Where, contents: Tensor, most: int | None, pixels: bool) -> _Guess:
         """How far ``items`` are to be believed, by what ``contents`` tell of them."""
         if not items:
             return _Guess(items=[], scale=torch.zeros(0), confidence=torch.zeros(0, dtype=torch.float64), order=[])
@@ -105,9 +115,9 @@ class CrossedLayer:
         told[:, 1:] *= factor[:, None]
         scale = factor / told[:, 0]
         raw = (parts @ contents[: len(where.lower), :-1]) * scale[:, None]
-        excess = (raw - raw.clamp(0, 1)).square().mean(1).sqrt()
+        excess = (raw - raw.clamp(0, 1)).square().mean(1).sqrt() * pixels
         confidence = (1 / (1 + where.misfit(told, cells) + 20 * excess)).nan_to_num(0.0)
-        fit = raw.isfinite().all(1) & (raw.clamp(0, 1).std(1, correction=0) > 1e-2)
+        fit = raw.isfinite().all(1) & ((raw.clamp(0, 1) if pixels else raw).std(1, correction=0) > (1e-2 if pixels else 0))
         order = [row for row in confidence.argsort(descending=True, stable=True).tolist() if fit[row]][:most]
         return _Guess(items=items, scale=scale, confidence=confidence, order=order)
 
@@ -129,7 +139,7 @@ class CrossedLayer:
         return shares @ moments
 
     def _image(self, item: Item, scale: float, *, out: Tensor) -> None:
-        """Write one image ``(P,)`` in [0, 1] to ``out``."""
+        """Write one image ``(P,)`` to ``out``."""
         if len(item.parts) == 1:
             ((cell, part),) = item.parts.items()
             torch.mul(self.weight[cell], part * scale, out=out)
@@ -138,7 +148,6 @@ class CrossedLayer:
             for cell, part in item.parts.items():
                 total.add_(self.weight[cell], alpha=part * scale)
             out.copy_(total)
-        out.clamp_(0, 1)
 
     def _owners(self, sketches: Tensor, clients: Tensor) -> Tensor:
         """``(N,)`` the client whose sum each image is part of."""

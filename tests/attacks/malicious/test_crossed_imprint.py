@@ -11,7 +11,7 @@ import torch
 from flpriv.attacks.malicious.crossed_imprint import Block, CrossedImprint
 from flpriv.capture import Capture
 from flpriv.claim import Reconstruction
-from flpriv.errors import FlprivError
+from flpriv.errors import FlprivError, ScenarioError
 from flpriv.recipe import LocalRecipe
 from flpriv.records import Records
 from flpriv.sums import sums
@@ -83,6 +83,22 @@ def test_directions_and_side_knowledge(federate: Make, smooth: Make, psnr: Make,
     done = federate(smooth(24), recipe=BATCH, attack=attack, public=smooth(50, seed=9) if public else None)
     share = recovered(done, attack, psnr)
     assert share == 1 if directions > 1 and public else share >= 0.5
+
+
+@pytest.mark.parametrize("before", ["conv2", "fc"])
+def test_deeper_in_a_network_features_come_back_and_images_behind_them(
+    federate: Make, smooth: Make, psnr: Make, before: str
+) -> None:
+    attack = CrossedImprint(bins=60, before=before)
+    done = federate(smooth(8), recipe=replace(BATCH, batch_size=8), attack=attack, public=smooth(50, seed=9), seed=3)
+    assert any(f"{before}.crossed" in key for key in done.capture.observations[0].sent)
+    assert recovered(done, attack, psnr) >= 0.8
+
+
+def test_a_layer_that_is_not_there_is_named(smooth: Make) -> None:
+    task = Task(modality="xray", shape=(1, 16, 16), classes=("a", "b"), model="cnn")
+    with pytest.raises(ScenarioError, match=r"conv3.*conv2"):
+        CrossedImprint(before="conv3").architecture(task.build(), task)
 
 
 def three_sites(federate: Make, smooth: Make, attack: CrossedImprint) -> tuple[Capture, dict[int, Records]]:
