@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 
@@ -13,7 +14,7 @@ from flpriv.finding import Finding, Metric
 from flpriv.measures import measure
 from flpriv.recipe import LocalRecipe
 from flpriv.records import Records
-from flpriv.sums import sums
+from flpriv.sums import Sum
 from flpriv.task import Task
 from flpriv.threat import NAMED
 from flpriv.truth import Truth
@@ -54,6 +55,8 @@ def armed(
     classes: int = 2,
     seed: int = 0,
     modality: str = "xray",
+    shuffled: bool = True,
+    **options: Any,
 ) -> Armed:
     """``nodes`` sites of ``batch`` images each, drawn from ``private`` by ``seed``, answer the trap of ``attack``.
 
@@ -69,18 +72,21 @@ def armed(
         classes: of the task; labels are those of the records, modulo this.
         seed: of the draw, the trap and the training.
         modality: of the task.
+        shuffled: whether sites draw at random; otherwise the first takes the first records, and so on.
+        options: of the model.
     """
     shape = tuple(private.images.shape[1:])
-    task = Task(modality=modality, shape=shape, classes=tuple(map(str, range(classes))), model=model, mean=0.5, std=0.25)
+    task = Task(modality=modality, shape=shape, classes=tuple(map(str, range(classes))), model=model, options=options)
     recipe = replace(recipe, batch_size=batch) if recipe.steps == 1 else recipe
     rng = torch.Generator().manual_seed(seed)
-    drawn = torch.randperm(len(private), generator=rng)[: nodes * batch]
+    order = torch.randperm(len(private), generator=rng) if shuffled else torch.arange(len(private))
+    drawn = order[: nodes * batch]
     trap = attack.trap(task, public=public, rng=rng)
     if trap is None:
         raise ValueError(f"{attack.name} sets no trap")
     honest = task.build(seed=seed).state_dict()
     everyone = tuple(range(1, nodes + 1))
-    seen, used = [], {}
+    total, seen, used = Sum(), [], {}
     for node in everyone:
         own = private.take(drawn[(node - 1) * batch : node * batch])
         own = replace(own, labels=own.labels % classes)
@@ -91,24 +97,28 @@ def armed(
         site.load_state_dict(dict(sent))
         train(site, own, recipe, classes=classes, seed=seed + node)
         returned = {key: value.detach() for key, value in site.state_dict().items()}
-        seen.append(
-            Observation(
-                round=1,
-                node=node,
-                sent=sent,
-                returned=returned,
-                examples=batch,
-                local=recipe,
-                defenses=(),
-                trap=attack.name,
-                nodes=everyone,
-            )
+        reply = Observation(
+            round=1,
+            node=node,
+            sent=sent,
+            returned=returned,
+            examples=batch,
+            local=recipe,
+            defenses=(),
+            trap=attack.name,
+            nodes=everyone,
         )
+        if summed:
+            total.add(reply)
+        else:
+            seen.append(reply)
         used[1, node] = own
+    if (whole := total.observation()) is not None:
+        seen.append(whole)
     capture = Capture(
         granted=NAMED["malicious-sums-only" if summed else "malicious-server"],
         task=task,
-        observations=sums(seen) if summed else tuple(seen),
+        observations=tuple(seen),
         models=(honest,),
         public=public,
         secrets=trap.secrets,

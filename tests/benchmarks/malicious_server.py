@@ -1,6 +1,7 @@
 """How many images a malicious server takes from real updates, how long its read-out takes and how much memory.
 
     FLPRIV_TEST_DATA=… python tests/benchmarks/malicious_server.py [quality] [sums] [steps] [degraded] [volumes] [speed] [neurons]
+        [study]
 
 Without arguments everything is run. Shares are of all images of all sites, at PSNR ≥ 30 dB and SSIM ≥ .9, with 95 % intervals and
 the better of both nulls.
@@ -20,6 +21,7 @@ import torch
 from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+from flpriv import data, scenario
 from flpriv.attack import Attack
 from flpriv.attacks.malicious.crossed_imprint import CrossedImprint
 from flpriv.attacks.malicious.imprint import Imprint
@@ -28,6 +30,7 @@ from flpriv.clients.sites.reading import read_image
 from flpriv.finding import Finding
 from flpriv.recipe import LocalRecipe
 from flpriv.records import Records
+from flpriv.registry import create
 from tests.benchmarks.inversion_cases import nodules, xrays
 from tests.benchmarks.malicious_cases import Armed, armed, metric
 
@@ -129,6 +132,72 @@ def speed() -> None:
         print(f"    {seconds['read-out']:.3f} s, {name} {seconds[name]:.3f} s, ratio {seconds['read-out'] / seconds[name]:.2f}")
     size, peak = memory(case, CROSSED)
     print(f"    update {size:.0f} MB, peak of the read-out above it {peak:.0f} MB, ratio {(size + peak) / size:.2f}", flush=True)
+
+
+def study() -> None:
+    """The setting of the MIC-DKFZ study: the sum over six or twelve sites of 16 images, ResNet-18, no normalisation.
+
+    Brain MRI and X-rays as RGB of 224 pixels; the slices of chest CTs, of which each site holds 16 of one volume.
+    """
+    cases = (
+        ("6 x 16 MRI", folder("brain_mri_folder", "mri"), 6, "mri"),
+        ("12 x 16 X-rays", folder("xray_folder", "xray"), 12, "xray"),
+        ("12 x 16 slices of CT", slices(), 12, "ct"),
+    )
+    for name, source, nodes, modality in cases:
+        for bins in (128, 500):
+            published = create("attacks", "trap-weights", {"variant": "mic-dkfz", "neurons": bins})
+            for attack in (published, Imprint(bins=bins), CrossedImprint(bins=bins)):
+                case = armed(
+                    *source,
+                    attack,
+                    model="resnet18",
+                    batch=16,
+                    nodes=nodes,
+                    summed=True,
+                    modality=modality,
+                    shuffled=modality != "ct",
+                    stem_stride=2,
+                )
+                row(f"{attack.name}, {bins} neurons, {name}", [case.attack(attack)])
+                del case
+
+
+def folder(name: str, modality: str) -> tuple[Records, Records]:
+    """RGB images of 224 pixels in class folders: what sites train on, and public ones of other patients."""
+    tables = {
+        "name": "benchmark",
+        "sites": {
+            "source": "folder",
+            "root": f"{os.environ['FLPRIV_TEST_DATA']}/{name}",
+            "modality": modality,
+            "size": 224,
+            "channels": 3,
+            "resplit": True,
+            "split": {"test": 0.0, "public": 0.4, "seed": 1},
+        },
+    }
+    which = scenario.parse(tables, root=Path.cwd())
+    places = range(len(data.sites(which)))
+    private, public = (Records.concat([data.records(which, place, split) for place in places]) for split in ("train", "public"))
+    return private, public
+
+
+def slices() -> tuple[Records, Records]:
+    """Axial slices of chest CTs as RGB of 224 pixels, in order: three whole volumes for the sites, two as public ones."""
+    root = Path(os.environ["FLPRIV_TEST_DATA"]) / "ct_3d" / "volumes"
+    parts = []
+    for file in sorted(root.glob("*.nii.gz")):
+        depth = 30 if "A0002" in file.name else 64
+        if "total" not in file.name:
+            volume = read_image(file, shape=(1, depth, 224, 224), window=(-1000.0, 400.0), modality="ct")
+            planes = torch.from_numpy(volume).transpose(0, 1)[: depth // 16 * 16]
+            names = tuple(f"{file.name}/{place}" for place in range(len(planes)))
+            parts.append(
+                Records(images=planes, labels=torch.arange(len(planes)) % 2, ids=names, patients=(file.name,) * len(planes))
+            )
+    parts.sort(key=len)
+    return coloured(Records.concat(parts[2:])), coloured(Records.concat(parts[:2]))
 
 
 def neurons() -> None:
@@ -252,6 +321,7 @@ PARTS: dict[str, Callable[[], None]] = {
     "volumes": volumes,
     "speed": speed,
     "neurons": neurons,
+    "study": study,
 }
 
 if __name__ == "__main__":
