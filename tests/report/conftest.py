@@ -253,6 +253,7 @@ def setting(id: str, defense: str, trap: str, utility: float | None) -> SettingR
         rounds=1 if trap else 5,
         utility=(value, area),
         train_utility=(replace(value, value=None if utility is None else utility + 0.08),),
+        armed_utility=(replace(value, null=0.77, null_name="honest model"),) if trap else (),
         epsilon={name: 2.0 + place / 10 for place, name in enumerate(SITES)} if defense == "gaussian" else {},
         seconds=12.34,
         events=(Event(round=1, who=HOSTILE, what="refused: the model is not the agreed one"),) if "guard" in defense else (),
