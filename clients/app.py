@@ -22,6 +22,7 @@ from torch import nn
 
 from flpriv import data
 from flpriv.clients.metrics import evaluate as measure
+from flpriv.clients.secure_aggregation import masked
 from flpriv.clients.training import Trained, train
 from flpriv.clients.witness import log_error, write_witness
 from flpriv.defense import Defense, Local, Loop, guard
@@ -195,6 +196,19 @@ class _Visit:
 
 
 def _train(visit: _Visit, message: Message, context: Context) -> Message:
+    if visit.run.scenario.federation.secure_aggregation is None:
+        return _update(visit, message, context)
+    return masked(
+        message,
+        context,
+        partial(_update, visit),
+        defenses=visit.agreed.defenses,
+        local=visit.locals.__getitem__,
+        seed=derive(visit.noise_seed, visit.site, visit.round, "rounding"),
+    )
+
+
+def _update(visit: _Visit, message: Message, context: Context) -> Message:
     defenses = visit.agreed.defenses
     reply = guard(defenses, message, context, visit.train, local=visit.locals.__getitem__)
     if defenses and reply.has_content():

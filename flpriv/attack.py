@@ -14,6 +14,7 @@ from flpriv.capture import Capture
 from flpriv.claim import Claim, Goal
 from flpriv.errors import ThreatError
 from flpriv.records import Records
+from flpriv.secure_aggregation import Unmask
 from flpriv.state import State, add, difference
 from flpriv.task import Task
 from flpriv.threat import Can, spell
@@ -50,10 +51,36 @@ class Trap(ABC):
         return {}
 
 
+class ProtocolTrap(Trap):
+    """A trap in the messages of secure aggregation: whoever of the nodes it opens is captured as an observation of its own.
+
+    The model is sent as it is unless :meth:`arm` is overridden too.
+    """
+
+    def arm(self, honest: State, *, round: int, node: int, nodes: Sequence[int]) -> State | None:
+        """The honest state."""
+        return None
+
+    @abstractmethod
+    def unmask(self, honest: Mapping[int, Unmask], *, round: int, nodes: Sequence[int], threshold: int) -> Mapping[int, Unmask]:
+        """What each node is asked in place of ``honest``.
+
+        A node is opened where at least ``threshold`` nodes that hold its shares are told that it is alive, and as many, the same
+        or others, that it dropped. The round has a sum only if the first holds for all nodes that are alive.
+
+        Args:
+            honest: node to what the protocol asks it; together it names all nodes that share secrets with it, itself included.
+            round: 1, 2, ….
+            nodes: all nodes that may be opened in this round.
+            threshold: how many shares give a secret away.
+        """
+
+
 class Attack(ABC):
     """An attack: a frozen dataclass whose fields are its options. A plugin writes :meth:`run` and nothing else.
 
-    Class attributes: ``name`` (as in scenarios), ``goal``, ``needs`` (capabilities without which it cannot run), ``paper``.
+    Class attributes: ``name`` (as in scenarios), ``goal``, ``needs`` (capabilities without which it cannot run), ``paper``;
+    ``secure_aggregation`` where it is an attack on that, and needs a federation that runs it.
     """
 
     __pydantic_config__ = ConfigDict(extra="forbid")
@@ -62,6 +89,7 @@ class Attack(ABC):
     goal: ClassVar[Goal]
     needs: ClassVar[Can]
     paper: ClassVar[str]
+    secure_aggregation: ClassVar[bool] = False
 
     @abstractmethod
     def run(self, capture: Capture, *, rng: torch.Generator) -> Sequence[Claim]:

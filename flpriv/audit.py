@@ -27,7 +27,7 @@ from flpriv.scenario import UNDEFENDED, Scenario, Setting
 from flpriv.scratch import scratch
 from flpriv.seeds import derive
 from flpriv.store import open_capture, write_knowledge, write_labels
-from flpriv.threat import DESCRIPTIONS, Can
+from flpriv.threat import DESCRIPTIONS, Can, threat
 from flpriv.witness import Witness, read_witnesses
 
 if TYPE_CHECKING:
@@ -144,11 +144,16 @@ def check(scenario: Scenario) -> None:
     """Make everything the scenario names once, so that a wrong option is told before anything runs; no image is read.
 
     Raises:
-        ScenarioError: naming the name or option that is wrong, or an active attack that the threat model does not allow.
+        ScenarioError: naming the name or option that is wrong, or an active attack that the threat model does not allow, or that
+            is on secure aggregation where there is none.
         DataError: naming the file, row, site or patient that is wrong.
     """
     for attack_spec in scenario.attacks:
-        create("attacks", attack_spec.attack, attack_spec.options, files=scenario.plugins)
+        made = create("attacks", attack_spec.attack, attack_spec.options, files=scenario.plugins)
+        if made.secure_aggregation and scenario.federation.secure_aggregation is None:
+            raise ScenarioError(
+                f"attacks.{attack_spec.label}: {made.name!r} attacks secure aggregation; set federation.secure_aggregation = true"
+            )
     for defense_spec in scenario.defenses:
         create("defenses", defense_spec.defense, defense_spec.options, files=scenario.plugins)
     engine.check(scenario)
@@ -335,7 +340,7 @@ def _verdict(scenario: Scenario, folder: RunFolder, findings: Sequence[Finding],
         sites=summaries(scenario),
         settings=tuple(results),
         findings=tuple(sorted(findings, key=lambda f: bool(f.site))),
-        caveats=tuple(risk.caveats(findings, results, same_as_undefended=_inactive(scenario, folder))),
+        caveats=(*_hidden(scenario), *risk.caveats(findings, results, same_as_undefended=_inactive(scenario, folder))),
         methods=_methods(scenario),
         provenance={
             "command": folder.command(),
@@ -405,8 +410,21 @@ def _inactive(scenario: Scenario, folder: RunFolder) -> list[str]:
     return [
         stack
         for stack, final in shared.items()
-        if any(known[scenario.defense(label).defense].load().acts_on != "received" for label in stack.split("+"))
+        if any(
+            known[scenario.defense(label).defense].load().acts_on not in ("received", "protocol") for label in stack.split("+")
+        )
         and final.read_bytes() == bare
+    ]
+
+
+def _hidden(scenario: Scenario) -> list[str]:
+    """What secure aggregation took from the threat model that was asked for."""
+    named = threat(scenario.threat.name, deny=scenario.threat_table.deny).granted
+    if scenario.federation.secure_aggregation is None or Can.SEE_UPDATES not in named:
+        return []
+    return [
+        f"Secure aggregation hides single updates: '{scenario.threat.name}' saw only sums here, each site's number of images and "
+        "metrics, and what an attack on the protocol opened."
     ]
 
 

@@ -34,6 +34,7 @@ class Observation:
         labels: ``(steps, batch)`` flattened in order of use where the order is granted, sorted otherwise.
         trap: label of the attack whose trap was delivered in this message, ``""`` for the honest model; of a sum, in any message.
         nodes: the nodes that were asked in this round and might get a trap, in the order the trap was told.
+        opened: whether a trap in secure aggregation took the masks off; whoever tampers then sees the reply, granted or not.
     """
 
     round: int
@@ -47,6 +48,7 @@ class Observation:
     labels: Tensor | None = None
     trap: str = ""
     nodes: tuple[int, ...] = ()
+    opened: bool = False
 
     @property
     def update(self) -> dict[str, Tensor]:

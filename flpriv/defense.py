@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 from pydantic import ConfigDict
 
 from flpriv.errors import UpdateError
+from flpriv.secure_aggregation import CONFIGS, STATE, Unmasking, unmasking
 from flpriv.seeds import derive
 from flpriv.state import State, add, check_like, difference
 
@@ -89,7 +90,7 @@ class Defense(ABC):
     __pydantic_config__ = ConfigDict(extra="forbid")
 
     name: ClassVar[str]
-    acts_on: ClassVar[Literal["update", "loop", "data", "received"]]
+    acts_on: ClassVar[Literal["update", "loop", "data", "received", "protocol"]]
     paper: ClassVar[str]
 
     def architecture(self, model: nn.Module) -> nn.Module:
@@ -98,6 +99,10 @@ class Defense(ABC):
 
     def inspect(self, received: State, *, local: Local) -> Refusal | None:
         """Judge the model received before any training on it."""
+        return None
+
+    def unmask(self, request: Unmasking, *, local: Local) -> Refusal | None:
+        """Under secure aggregation, judge which shares the server asks for; only where a defence acts on ``"protocol"``."""
         return None
 
     def prepare(self, loop: Loop, *, local: Local) -> Loop:
@@ -126,12 +131,16 @@ def guard(
 
     ``local`` gives each defence, by position, its surroundings. The first refusal ends the round for this site with an
     error reply that carries the reason. A model that cannot be told from its message never leaves unprotected: more than one
-    ArrayRecord, or other layers than were sent, end in an error reply too.
+    ArrayRecord, or other layers than were sent, end in an error reply too. So does a defence that stands before Flower's mod of
+    secure aggregation, where updates are masked already; those that act on the protocol stand there and nowhere else.
     """
     from flwr.app import ArrayRecord
 
     if not defenses or message.metadata.message_type.split(".")[0] != "train" or not message.has_content():
         return call_next(message, context)
+    if CONFIGS in message.content.config_records:
+        reason = _protocol_reason(defenses, message, context, local)
+        return call_next(message, context) if reason is None else _refused(message, reason)
     received = {key: record.to_torch_state_dict() for key, record in message.content.array_records.items()}
     for place, defense in enumerate(defenses if len(received) == 1 else ()):
         if refusal := defense.inspect(next(iter(received.values())), local=local(place)):
@@ -155,6 +164,19 @@ def guard(
     if update is not before:
         reply.content[name] = ArrayRecord(add({**returned, **{key: sent[key] for key in update}}, update))
     return reply
+
+
+def _protocol_reason(
+    defenses: tuple[Defense, ...], message: Message, context: Context, local: Callable[[int], Local]
+) -> str | None:
+    """Why a message of secure aggregation is not answered, if it is not."""
+    request = unmasking(message.content.config_records[CONFIGS], context.state.config_records.get(STATE, {}))
+    for place, defense in enumerate(defenses):
+        if defense.acts_on != "protocol":
+            return f"{defense.name}: stands before the mod of secure aggregation and cannot see the update; put it after"
+        if request is not None and (refusal := defense.unmask(request, local=local(place))):
+            return f"{defense.name}: {refusal.reason}"
+    return None
 
 
 def _refused(message: Message, reason: str) -> Message:

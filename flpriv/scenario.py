@@ -15,8 +15,9 @@ from pydantic import ConfigDict, Field
 from flpriv.errors import ScenarioError, near
 from flpriv.recipe import LocalRecipe
 from flpriv.registry import Kind, plugins, validate
+from flpriv.secure_aggregation import SecureAggregation
 from flpriv.site import SplitPlan
-from flpriv.threat import NAMED, Threat, threat
+from flpriv.threat import NAMED, Can, Threat, capability, threat
 
 LABEL = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
 UNDEFENDED = "none"
@@ -68,6 +69,8 @@ class FederationTable:
         options: keyword arguments of the strategy, ``[federation.options]``.
         local: the local recipe, ``[federation.local]``.
         timeout: seconds to wait for a round's replies.
+        secure_aggregation: training runs Flower's SecAgg+ protocol with these options; ``true`` takes them as they come, and
+            ``None`` or ``false`` leaves it out.
     """
 
     __pydantic_config__ = ConfigDict(extra="forbid")
@@ -77,6 +80,7 @@ class FederationTable:
     options: Mapping[str, Any] = field(default_factory=dict)
     local: LocalRecipe = LocalRecipe()
     timeout: Annotated[float, Field(gt=0)] = 3600.0
+    secure_aggregation: SecureAggregation | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -206,8 +210,9 @@ class Scenario:
 
     @property
     def threat(self) -> Threat:
-        """The adversary."""
-        return threat(self.threat_table.model, grant=self.threat_table.grant, deny=self.threat_table.deny)
+        """The adversary; secure aggregation keeps single updates from every one of them."""
+        hidden = () if self.federation.secure_aggregation is None else ("see-updates",)
+        return threat(self.threat_table.model, grant=self.threat_table.grant, deny=(*self.threat_table.deny, *hidden))
 
     def attack(self, label: str) -> AttackSpec:
         """The attack of that label.
@@ -280,6 +285,7 @@ class Scenario:
                 "rounds": self.federation.rounds,
                 "strategy": self.federation.strategy,
                 "timeout": self.federation.timeout,
+                "secure_aggregation": False if (secure := self.federation.secure_aggregation) is None else asdict(secure),
                 "options": dict(self.federation.options),
                 "local": _given(self.federation.local),
             },
@@ -331,6 +337,7 @@ def parse(tables: Mapping[str, Any], *, root: Path) -> Scenario:
     federation = dict(_table(tables, "federation"))
     local = validate(LocalRecipe, _table(federation, "local", "federation.local"), where="federation.local")
     federation["local"] = local
+    federation["secure_aggregation"] = _secure(federation.get("secure_aggregation", False))
     threat_table = validate(ThreatTable, _table(tables, "threat"), where="threat")
     attacks = tuple(_attack(label, table, local) for label, table in _table(tables, "attacks").items())
     defenses = tuple(_defense(label, table) for label, table in _table(tables, "defenses").items())
@@ -358,6 +365,11 @@ def _check(scenario: Scenario) -> None:
     if scenario.threat_table.model not in NAMED:
         raise ScenarioError(f"threat.model = {scenario.threat_table.model!r}{near(scenario.threat_table.model, NAMED)}")
     _ = scenario.threat
+    if scenario.federation.secure_aggregation and Can.SEE_UPDATES in map(capability, scenario.threat_table.grant):
+        raise ScenarioError(
+            "threat.grant: secure aggregation hides single updates, and no grant of 'see-updates' brings them back; "
+            "leave one of both out, or open the protocol with the attack 'secagg-opening'"
+        )
     labels = {d.label for d in scenario.defenses}
     if not scenario.compare or len(set(scenario.compare)) < len(scenario.compare):
         raise ScenarioError(f"compare = {list(scenario.compare)}: name one or more stacks of defenses, each once")
@@ -394,6 +406,13 @@ def _model(table: Mapping[str, Any]) -> ModelTable:
     if model.std <= 0:
         raise ScenarioError(f"model: std = {model.std}: must be larger than 0")
     return replace(model, options=rest)
+
+
+def _secure(given: Any) -> SecureAggregation | None:
+    where = "federation.secure_aggregation"
+    if not isinstance(given, bool | Mapping):
+        raise ScenarioError(f"{where} = {given!r}: must be true, false or a table of its options")
+    return None if given is False else validate(SecureAggregation, {} if given is True else given, where=where)
 
 
 def _attack(label: str, table: Any, base: LocalRecipe) -> AttackSpec:

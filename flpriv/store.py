@@ -5,7 +5,7 @@ Layout of a capture folder::
     capture.json                       format, granted capabilities, task, local recipe, defences
     initial.safetensors                the global model before round 1 (with see-models)
     round-0001/sent-<hash>.safetensors      a model that was sent; once, however many nodes received it
-    round-0001/node-<id>.safetensors        what a node returned (with see-updates)
+    round-0001/node-<id>.safetensors        what a node returned (with see-updates, or opened by a trap)
     round-0001/sum.safetensors              the sum over all clients, where that is what is seen
     round-0001/global.safetensors           the global model after the round (with see-models)
     round-0001/round.json                   written last: the round is complete
@@ -145,8 +145,9 @@ class Sink:
             write_tensors(self.folder / "initial.safetensors", model)
 
     def observe(self, seen: Observation) -> None:
-        """Store one reply, or one sum over clients (``node=None``, seen with the models alone)."""
-        if (Can.SEE_MODELS if seen.node is None else Can.SEE_UPDATES) not in self.granted:
+        """Store one reply (if a trap opened it, with ``Can.TAMPER``), or one sum over clients (with the models alone)."""
+        needed = Can.SEE_MODELS if seen.node is None else Can.TAMPER if seen.opened else Can.SEE_UPDATES
+        if needed not in self.granted:
             return
         folder = self._round(seen.round)
         returned = "sum.safetensors" if seen.node is None else f"node-{seen.node}.safetensors"
@@ -154,7 +155,7 @@ class Sink:
         write_tensors(folder / returned, seen.returned)
         metrics = {key: float(value) if math.isfinite(value) else None for key, value in seen.metrics.items()}
         facts = {"node": seen.node, "sent": sent, "returned": returned, "examples": seen.examples, "metrics": metrics}
-        self._observed.append(facts | {"trap": seen.trap, "nodes": list(seen.nodes)})
+        self._observed.append(facts | {"trap": seen.trap, "nodes": list(seen.nodes), "opened": seen.opened})
 
     def finish_round(self, round: int, *, model: State) -> None:
         """Store the global model after the round and mark the round as complete."""
@@ -404,6 +405,7 @@ def _observation(place: Path, round: int, row: Mapping[str, Any], labels: State)
         labels=labels.get(f"{round}/{node}"),
         trap=str(row["trap"]),
         nodes=tuple(map(int, row.get("nodes", ()))),
+        opened=bool(row.get("opened", False)),
     )
 
 

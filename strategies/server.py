@@ -28,6 +28,7 @@ from flpriv.seeds import derive
 from flpriv.store import Sink, write_json, write_tensors
 from flpriv.strategies.building import build_strategy
 from flpriv.strategies.checkpoint import History
+from flpriv.strategies.secure_aggregation import SecureGrid, check_strategy
 from flpriv.strategies.wiretap import Wiretap
 from flpriv.task import Task
 from flpriv.threat import Can
@@ -72,8 +73,12 @@ def _train(grid: Grid, config: RunConfig, *, tapped: bool) -> tuple[Result, Hist
     np.random.seed(seed % 2**32)  # noqa: NPY002
     strategy = build_strategy(scenario.federation.strategy, scenario.federation.options, sites=sites, files=scenario.plugins)
     initial = ArrayRecord(task.build(seed=derive(scenario.seed, "model")).state_dict())
+    secure = scenario.federation.secure_aggregation
+    if secure:
+        check_strategy(strategy, scenario.federation.strategy)
     if not tapped:
-        result = strategy.start(ordered, initial, num_rounds=setting.rounds, timeout=scenario.federation.timeout)
+        grid = SecureGrid(ordered, secure, seed=seed) if secure else ordered
+        result = strategy.start(grid, initial, num_rounds=setting.rounds, timeout=scenario.federation.timeout)
         return result, History()
     sink = Sink(
         out / "capture",
@@ -95,7 +100,8 @@ def _train(grid: Grid, config: RunConfig, *, tapped: bool) -> tuple[Result, Hist
         checkpoints=out / "checkpoint",
         resume=config.resume,
     )
-    return wiretap.start(ordered, initial, num_rounds=setting.rounds, timeout=scenario.federation.timeout), wiretap.history
+    grid = SecureGrid(ordered, secure, operator=wiretap, seed=seed) if secure else ordered
+    return wiretap.start(grid, initial, num_rounds=setting.rounds, timeout=scenario.federation.timeout), wiretap.history
 
 
 def _defenses(config: RunConfig) -> list[tuple[str, dict[str, Any]]]:

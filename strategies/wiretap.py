@@ -7,7 +7,7 @@ import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TypeVar
 
@@ -17,11 +17,12 @@ from flwr.serverapp import Grid
 from flwr.serverapp.exception import AggregationError, InconsistentMessageReplies
 from flwr.serverapp.strategy import Result, Strategy
 
-from flpriv.attack import Trap
+from flpriv.attack import ProtocolTrap, Trap
 from flpriv.capture import Observation
 from flpriv.errors import ThreatError, UpdateError
 from flpriv.finding import Event
 from flpriv.progress import tell
+from flpriv.secure_aggregation import Unmask
 from flpriv.state import State, check_finite, check_like
 from flpriv.store import Sink
 from flpriv.strategies import checkpoint
@@ -96,7 +97,7 @@ class Wiretap(Strategy):
         self._honest = {name: getattr(honest, name) for name in _HOOKS}
         self._weight = _weight(honest)
         self._arrays = ArrayRecord()
-        self._done = self._total = 0
+        self._done = self._total = self._round = 0
         self._deliveries: dict[int, _Delivery] = {}
         self._sum = Sum()
         self._records: dict[tuple[int, ...], tuple[State, ArrayRecord]] = {}
@@ -138,7 +139,7 @@ class Wiretap(Strategy):
 
     def configure_train(self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid) -> list[Message]:
         """The honest strategy's messages, those to armed nodes replaced."""
-        round = server_round + self._done
+        round = self._round = server_round + self._done
         self._arrays = arrays
         messages = list(self._honest["configure_train"](round, arrays, config, grid))
         states: dict[int, State] = {}
@@ -183,6 +184,24 @@ class Wiretap(Strategy):
             checkpoint.save(self.checkpoints, round=round, arrays=self._arrays, strategy=self.honest, history=self.history)
         tell("rounds", round, self._total)
         return metrics
+
+    def unmask(self, honest: Mapping[int, Unmask], *, threshold: int) -> Mapping[int, Unmask]:
+        """Under secure aggregation, what each node is asked to unmask: what a trap in the protocol makes of it."""
+        if not isinstance(self.trap, ProtocolTrap) or self._round not in self.tamper_rounds:
+            return honest
+        nodes = tuple(self._deliveries)[: self.victims]
+        return self.trap.unmask(honest, round=self._round, nodes=nodes, threshold=threshold)
+
+    def opened(self, reply: Message, *, node: int) -> None:
+        """Record the reply of a node whose masks a trap in the protocol took off."""
+        delivery = self._deliveries[node]
+        returned = reply.content.array_records[delivery.record].to_torch_state_dict()
+        seen = self._observation(reply, delivery, returned, node, self._round)
+        self.sink.observe(replace(seen, trap=self.label, opened=True))
+
+    def unanswered(self, reply: Message, *, node: int) -> None:
+        """Take note of a node that would not help to unmask."""
+        self._note(self._round, node, _why(reply))
 
     def summary(self) -> None:
         """The honest strategy's summary."""

@@ -30,9 +30,29 @@ CONTRACTS = {
         "recipe",
         "records",
     ),
-    *("registry", "scenario", "scratch", "seeds", "site", "state", "sums", "task", "threat", "truth", "witness"),
+    *(
+        "registry",
+        "scenario",
+        "scratch",
+        "secure_aggregation",
+        "seeds",
+        "site",
+        "state",
+        "sums",
+        "task",
+        "threat",
+        "truth",
+        "witness",
+    ),
 }
-FLOWER = ("flpriv/defense.py", "flpriv/engine/", "flpriv/testing", "clients/app.py", "strategies/")
+FLOWER = (
+    "flpriv/defense.py",
+    "flpriv/engine/",
+    "flpriv/testing",
+    "clients/app.py",
+    "clients/secure_aggregation.py",
+    "strategies/",
+)
 """Where Flower may be imported."""
 FAMILY_TOOLS = {"clients": {"engine.config"}, "strategies": {"engine.config", "store"}}
 """Tools a family may use beyond contracts: both apps read the same run-config, and the wiretap writes captures."""

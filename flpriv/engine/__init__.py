@@ -33,9 +33,13 @@ def check(scenario: Scenario) -> None:
     """Make the scenario's strategy once, so that a wrong name or option is told before anything runs.
 
     Raises:
-        ScenarioError: naming the strategy and the option.
+        ScenarioError: naming the strategy and the option, or what secure aggregation does not allow.
     """
     from flpriv import data
 
     build = importlib.import_module("flpriv.strategies.building").build_strategy
-    build(scenario.federation.strategy, scenario.federation.options, sites=len(data.sites(scenario)), files=scenario.plugins)
+    federation, sites = scenario.federation, len(data.sites(scenario))
+    strategy = build(federation.strategy, federation.options, sites=sites, files=scenario.plugins)
+    if federation.secure_aggregation is not None:
+        federation.secure_aggregation.check(sites)
+        importlib.import_module("flpriv.strategies.secure_aggregation").check_strategy(strategy, federation.strategy)

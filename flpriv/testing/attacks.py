@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import fields
 from typing import Any
@@ -9,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flpriv.attack import Attack
+from flpriv.attack import Attack, ProtocolTrap
 from flpriv.bands import band, is_band
 from flpriv.capture import Capture
 from flpriv.claim import Attribute, Claim, Goal, Membership, PrivacyBound, Reconstruction
@@ -17,6 +18,7 @@ from flpriv.errors import ThreatError
 from flpriv.measures.images import all_mse, psnr
 from flpriv.measures.membership import auc
 from flpriv.records import Records
+from flpriv.secure_aggregation import Unmask
 from flpriv.state import State
 from flpriv.testing.federation import Glass, blindfold, glass, withhold
 from flpriv.testing.plugins import check_plugin, global_seed, require, same
@@ -39,7 +41,8 @@ def check_attack(attack: Attack, *, on: Glass | None = None, margin: float | Non
     It must be a frozen dataclass with documented options and name its paper; refuse without its capabilities, and run with
     those alone; give equal claims for equal seeds whatever the global random state; leave the capture as it was; claim what
     its goal says, in the right shapes; and do better than with noise for updates and untrained models. An active attack's
-    trap must leave the honest model alone and be disarmed to its layers. Five runs: give a slow attack fewer iterations.
+    trap must leave the honest model alone and be disarmed to its layers; one in secure aggregation must ask for both kinds of
+    shares of some node, and of enough nodes for the sum. Five runs: give a slow attack fewer iterations.
 
     Args:
         attack: with the options to check it with.
@@ -141,7 +144,11 @@ def _check_trap(attack: Attack, capture: Capture) -> None:
         trap.arm(honest, round=seen.round, node=seen.node or seen.nodes[0], nodes=seen.nodes) for seen in capture.observations
     ]
     require(all(same(honest[key], before[key]) for key in before), f"{attack.name}: its trap changes the honest model in place")
+    if isinstance(trap, ProtocolTrap):
+        _check_requests(attack.name, trap)
     sent = next((state for state in armed if state is not None), None)
+    if sent is None and isinstance(trap, ProtocolTrap):
+        return
     if sent is None:
         raise AssertionError(f"{attack.name}: its trap is never sent")
     require(
@@ -155,6 +162,17 @@ def _check_trap(attack: Attack, capture: Capture) -> None:
     back = trap.disarm({key: value + 1 for key, value in sent.items()}, sent=sent, honest=honest)
     fits = back.keys() == honest.keys() and all(back[k].shape == v.shape and back[k].dtype == v.dtype for k, v in honest.items())
     require(fits, f"{attack.name}: disarmed updates must have the honest model's layers")
+
+
+def _check_requests(name: str, trap: ProtocolTrap) -> None:
+    """Four nodes that all share secrets, three shares to have one."""
+    nodes, threshold = (11, 12, 13, 14), 3
+    honest = {node: Unmask(alive=nodes, dropped=()) for node in nodes}
+    asked = trap.unmask(honest, round=1, nodes=nodes, threshold=threshold)
+    require(asked.keys() == honest.keys(), f"{name}: its trap must ask every node something")
+    alive, dropped = (Counter(node for one in asked.values() for node in getattr(one, kind)) for kind in ("alive", "dropped"))
+    require(all(alive[node] >= threshold for node in nodes), f"{name}: its trap leaves the round without a sum")
+    require(any(dropped[node] >= threshold for node in nodes), f"{name}: what its trap asks opens no node")
 
 
 def _check_claims(attack: Attack, claims: Sequence[Claim], capture: Capture) -> None:

@@ -27,6 +27,9 @@ if TYPE_CHECKING:
     from flpriv.defense import CallNext
 
 
+ACTS_ON = ("update", "loop", "data", "received", "protocol")
+
+
 def check_defense(defense: Defense) -> None:
     """Check a defence.
 
@@ -43,7 +46,7 @@ def check_defense(defense: Defense) -> None:
         AssertionError: saying what is wrong.
     """
     name = check_plugin(defense, facts=("acts_on", "paper"))
-    require(defense.acts_on in ("update", "loop", "data", "received"), f"{name}: acts_on = {defense.acts_on!r} is unknown")
+    require(defense.acts_on in ACTS_ON, f"{name}: acts_on = {defense.acts_on!r} is unknown")
     with tempfile.TemporaryDirectory() as folder:
         site = _Site(defense=defense, folder=Path(folder))
         _check_protect(site)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from flpriv.attack import Attack, Trap
+from flpriv.attack import Attack, ProtocolTrap, Trap
 from flpriv.capture import Capture, Observation
 from flpriv.claim import Goal
 from flpriv.recipe import LocalRecipe
@@ -171,7 +171,7 @@ def blindfold(capture: Capture, *, seed: int = 0) -> Capture:
 
 
 def withhold(capture: Capture, granted: Can) -> Capture:
-    """What is left of the capture for an adversary who is granted no more than ``granted``."""
+    """What is left of the capture for an adversary who is granted no more than ``granted``; who tampers keeps what was opened."""
 
     def redact(seen: Observation) -> Observation:
         labels = seen.labels if Can.KNOW_LABELS in granted else None
@@ -183,7 +183,8 @@ def withhold(capture: Capture, granted: Can) -> Capture:
 
     seen = tuple(map(redact, capture.observations))
     if Can.SEE_UPDATES not in granted:
-        seen = sums(seen) if Can.SEE_MODELS in granted else ()
+        opened = tuple(one for one in seen if one.opened and Can.TAMPER in granted)
+        seen = opened + (sums(seen) if Can.SEE_MODELS in granted else ())
     models = capture.models if Can.SEE_MODELS in granted else capture.models[-1:] if Can.SEE_FINAL in granted else ()
     return replace(
         capture,
@@ -263,8 +264,12 @@ def _batches(count: int, recipe: LocalRecipe, rng: torch.Generator) -> Iterator[
 def _federate(
     task: Task, plan: _Plan, members: Mapping[int, Records], *, trap: Trap | None, attack: Attack | None, seed: int
 ) -> tuple[tuple[Observation, ...], tuple[State, ...]]:
-    """Plain federated averaging; the trap is sent to every node it wants, its update disarmed before the mean."""
+    """Plain federated averaging; the trap is sent to every node it wants, its update disarmed before the mean.
+
+    A trap in secure aggregation opens every reply.
+    """
     honest: State = task.build(seed=derive(seed, "initial")).state_dict()
+    opened = isinstance(trap, ProtocolTrap)
     seen, models = [], [honest]
     for round in range(1, plan.rounds + 1):
         total = {key: torch.zeros_like(value) for key, value in honest.items() if is_parameter(key, value)}
@@ -285,8 +290,9 @@ def _federate(
                 local=plan.recipe,
                 defenses=(),
                 labels=labels,
-                trap=attack.name if armed is not None and attack is not None else "",
+                trap=attack.name if (armed is not None or opened) and attack is not None else "",
                 nodes=tuple(members),
+                opened=opened,
             )
             seen.append(observation)
             back = observation.returned
