@@ -133,6 +133,7 @@ class _Visit:
                 folder=private_folder(self.folder),
                 task=self.agreed.task,
                 records=partial(self.records, "train"),
+                secure_aggregation=scenario.federation.secure_aggregation,
             )
             for seed in seeds
         )

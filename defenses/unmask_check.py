@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import ClassVar, Literal
 
 from flpriv.defense import Defense, Local, Refusal
@@ -15,8 +15,9 @@ class UnmaskCheck(Defense):
     """Refuse an unmask request of SecAgg+ that names a node alive and dropped, or nodes other than those that shared secrets.
 
     In this order: no node twice; the site itself alive; together exactly the nodes whose shares the site holds; as many alive as
-    the threshold. And a threshold of more than half the shares: below, a server can tell one half of the nodes that a node is
-    alive and the other half that it dropped, and no node sees both.
+    the threshold. Then a threshold of more than half the shares: below, a server can tell one half of the nodes that a node is
+    alive and the other half that it dropped, and no node sees both. Then, where the agreed options are known, numbers other than
+    those: the server announces them in every round, and finer ones show more of an update that is opened.
 
     It stands before Flower's mod: ``ClientApp(mods=[UnmaskCheck(), secaggplus_mod, ...])``. What one site sees is all it judges:
     it cannot tell invented nodes from real ones, nor whether others were sent another model.
@@ -47,13 +48,18 @@ class UnmaskCheck(Defense):
             return Refusal(reason=f"{_nodes(len(strange))} named in the unmask request that shared no secret with this site")
         if left_out := request.shared - set(alive) - set(dropped):
             return Refusal(reason=f"{_nodes(len(left_out))} left out of the unmask request that shared secrets with this site")
-        if len(alive) < request.threshold:
-            return Refusal(reason=f"{len(alive)} nodes are alive, fewer than the threshold of {request.threshold}")
-        if self.majority and 2 * request.threshold <= request.shares:
+        told = request.numbers
+        if len(alive) < told.threshold:
+            return Refusal(reason=f"{len(alive)} nodes are alive, fewer than the threshold of {told.threshold}")
+        if self.majority and 2 * told.threshold <= told.shares:
             return Refusal(
-                reason=f"a threshold of {request.threshold} of {request.shares} shares lets the server ask one half of the nodes "
+                reason=f"a threshold of {told.threshold} of {told.shares} shares lets the server ask one half of the nodes "
                 "for one kind of shares and the other half for the other; raise it above half"
             )
+        agreed = local.secure_aggregation and local.secure_aggregation.numbers(request.nodes)
+        for name, value in asdict(agreed).items() if agreed else ():
+            if getattr(told, name) != value:
+                return Refusal(reason=f"the server announced {name} = {getattr(told, name):g}, agreed is {value:g}")
         return None
 
 

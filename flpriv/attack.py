@@ -14,7 +14,7 @@ from flpriv.capture import Capture
 from flpriv.claim import Claim, Goal
 from flpriv.errors import ThreatError
 from flpriv.records import Records
-from flpriv.secure_aggregation import Unmask
+from flpriv.secure_aggregation import SecureAggregation, Unmask
 from flpriv.state import State, add, difference
 from flpriv.task import Task
 from flpriv.threat import Can, spell
@@ -60,6 +60,10 @@ class ProtocolTrap(Trap):
     def arm(self, honest: State, *, round: int, node: int, nodes: Sequence[int]) -> State | None:
         """The honest state."""
         return None
+
+    def announce(self, agreed: SecureAggregation, *, round: int) -> SecureAggregation:
+        """The options that sites are told to mask by: those agreed on, unless a trap wants a lower threshold or finer numbers."""
+        return agreed
 
     @abstractmethod
     def unmask(self, honest: Mapping[int, Unmask], *, round: int, nodes: Sequence[int], threshold: int) -> Mapping[int, Unmask]:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 from pydantic import ConfigDict
 
 from flpriv.errors import UpdateError
-from flpriv.secure_aggregation import CONFIGS, STATE, Unmasking, unmasking
+from flpriv.secure_aggregation import CONFIGS, STATE, SecureAggregation, Unmasking, unmasking
 from flpriv.seeds import derive
 from flpriv.state import State, add, check_like, difference
 
@@ -58,6 +58,7 @@ class Local:
         folder: the site's private folder (accountants, logs), or ``None`` where there is none.
         task: the agreed task, where known; a guard rebuilds the agreed architecture from it.
         records: reads the site's own training records, where there are any.
+        secure_aggregation: the agreed options of secure aggregation, where known and in use.
         notes: what the defence wants to say about this round (``{"epsilon": 1.3}``); kept with the site's witness.
     """
 
@@ -67,6 +68,7 @@ class Local:
     folder: Path | None = None
     task: Task | None = None
     records: Callable[[], Records] | None = None
+    secure_aggregation: SecureAggregation | None = None
     notes: dict[str, float | str] = field(default_factory=dict)
 
 

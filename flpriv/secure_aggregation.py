@@ -21,6 +21,25 @@ CONFIGS, STATE = "secaggplus_configs", "secaggplus_state"
 
 
 @dataclass(frozen=True, kw_only=True)
+class Numbers:
+    """What a server announces at the start of a round, and every site masks by.
+
+    Args:
+        shares: among how many nodes each splits its secrets.
+        threshold: how many shares give a secret away.
+        clipping_range: largest absolute value of a weighted entry.
+        steps: into how many whole numbers that range is divided.
+        max_weight: number of examples that weighs 1.
+    """
+
+    shares: int
+    threshold: int
+    clipping_range: float
+    steps: int
+    max_weight: float
+
+
+@dataclass(frozen=True, kw_only=True)
 class SecureAggregation:
     """``[federation.secure_aggregation]``: how updates are masked.
 
@@ -60,6 +79,16 @@ class SecureAggregation:
     def steps(self, nodes: int) -> int:
         """The number of steps where so many nodes are added up."""
         return self.quantization_range or 2 ** max(1, (MODULUS // (16 * nodes)).bit_length() - 1)
+
+    def numbers(self, nodes: int) -> Numbers:
+        """What is announced to so many nodes."""
+        return Numbers(
+            shares=self.shares(nodes),
+            threshold=self.threshold(nodes),
+            clipping_range=float(self.clipping_range),
+            steps=self.steps(nodes),
+            max_weight=float(self.max_weight),
+        )
 
     def check(self, sites: int) -> None:
         """Raise unless ``sites`` can run the protocol.
@@ -105,15 +134,15 @@ class Unmasking:
         node: the site's own pseudonym.
         asked: what the server asks.
         shared: the nodes whose shares the site holds, itself among them.
-        shares: among how many nodes each secret was split.
-        threshold: how many shares give a secret away.
+        nodes: how many take part, as the server announced it.
+        numbers: what else it announced.
     """
 
     node: int
     asked: Unmask
     shared: frozenset[int]
-    shares: int
-    threshold: int
+    nodes: int
+    numbers: Numbers
 
 
 def unmasking(configs: Mapping[str, Any], state: Mapping[str, Any]) -> Unmasking | None:
@@ -130,6 +159,12 @@ def unmasking(configs: Mapping[str, Any], state: Mapping[str, Any]) -> Unmasking
         node=int(state.get("nid", 0)),
         asked=Unmask(alive=alive, dropped=dropped),
         shared=frozenset(map(int, state.get("rd_seed_share_dict:K", ()))),
-        shares=int(state.get("share_num", 0)),
-        threshold=int(state.get("threshold", 0)),
+        nodes=int(state.get("sample_num", 0)),
+        numbers=Numbers(
+            shares=int(state.get("share_num", 0)),
+            threshold=int(state.get("threshold", 0)),
+            clipping_range=float(state.get("clipping_range", 0)),
+            steps=int(state.get("target_range", 0)),
+            max_weight=float(state.get("max_weight", 0)),
+        ),
     )

@@ -11,7 +11,7 @@ from flwr.common.secure_aggregation.secaggplus_utils import pseudo_rand_gen
 from flwr.supercore.primitives.asymmetric import bytes_to_private_key, bytes_to_public_key
 from numpy.typing import NDArray
 
-from flpriv.secure_aggregation import MODULUS
+from flpriv.secure_aggregation import MODULUS, Numbers
 
 Masked = NDArray[np.int64]
 """``(1 + P,)``: the weight, then a weighted update of P entries, masked or not, modulo :data:`MODULUS`."""
@@ -46,22 +46,21 @@ def pair_masks(shares: Sequence[bytes], node: int, others: Mapping[int, bytes], 
     return total
 
 
-def weight(examples: int, *, max_weight: float, steps: int) -> int:
+def weight(examples: int, numbers: Numbers) -> int:
     """What stands in front of the update of a node with so many examples."""
-    return round(examples / max_weight * steps)
+    return round(examples / numbers.max_weight * numbers.steps)
 
 
-def mean(total: Masked, *, clipping_range: float, steps: int, nodes: int) -> NDArray[np.float64]:
+def mean(total: Masked, numbers: Numbers, *, nodes: int) -> NDArray[np.float64]:
     """The weighted mean ``(P,)`` of the updates behind ``total``, which holds no mask any more.
 
     Args:
         total: the sum over ``nodes`` of their vectors.
-        clipping_range: largest weighted entry.
-        steps: into how many that range is divided, from its negative on.
+        numbers: by which they were made.
         nodes: how many.
     """
-    whole = total & (MODULUS - 1)
-    found: NDArray[np.float64] = (whole[1:] * (2 * clipping_range / steps) - nodes * clipping_range) * (steps / whole[0])
+    whole, step = total & (MODULUS - 1), 2 * numbers.clipping_range / numbers.steps
+    found: NDArray[np.float64] = (whole[1:] * step - nodes * numbers.clipping_range) * (numbers.steps / whole[0])
     return found
 
 

@@ -21,7 +21,7 @@ from flwr.supercore.run import Run
 from numpy.typing import NDArray
 
 from flpriv.errors import ScenarioError
-from flpriv.secure_aggregation import CONFIGS, MODULUS, SecureAggregation, Unmask
+from flpriv.secure_aggregation import CONFIGS, MODULUS, Numbers, SecureAggregation, Unmask
 from flpriv.strategies import masks
 from flpriv.strategies.masks import Masked
 
@@ -52,6 +52,9 @@ def check_strategy(strategy: Strategy, name: str) -> None:
 class Operator(Protocol):
     """Who runs the server, and may ask sites to unmask what they should not."""
 
+    def announce(self, agreed: SecureAggregation) -> SecureAggregation:
+        """The options that the nodes are told, which the round is run with."""
+
     def unmask(self, honest: Mapping[int, Unmask], *, threshold: int) -> Mapping[int, Unmask]:
         """What each node is asked in the last stage."""
 
@@ -68,9 +71,7 @@ class _Round:
 
     Args:
         asked: the strategy's message to each node, in order.
-        threshold: how many shares give a secret away.
-        shares: among how many nodes each secret is split.
-        steps: of the whole numbers.
+        numbers: announced to all.
         neighbours: with whom each node shares secrets, itself included.
         timeout: seconds to wait in each stage.
         keys: the two public keys of each node that sent them.
@@ -81,9 +82,7 @@ class _Round:
     """
 
     asked: Mapping[int, Message]
-    threshold: int
-    shares: int
-    steps: int
+    numbers: Numbers
     neighbours: Mapping[int, Sequence[int]]
     timeout: float | None
     keys: dict[int, list[bytes]] = field(default_factory=dict)
@@ -98,6 +97,11 @@ class _Round:
         _, record = _model(next(iter(self.asked.values())))
         return 1 + sum(value.numel() for value in record.to_torch_state_dict().values() if value.is_floating_point())
 
+    def weight(self, node: int) -> int:
+        """What must stand in front of a node's update: the number of its examples is known."""
+        told = self.replies[node].content.metric_records["fitres.num_examples"]["num_examples"]
+        return masks.weight(told, self.numbers) if isinstance(told, int) else 0
+
     def public(self, node: int, others: Iterable[int]) -> dict[int, bytes]:
         """The public keys that ``node`` masks with, of ``others``."""
         return {other: self.keys[other][0] for other in others if other in self.sources[node]}
@@ -105,8 +109,12 @@ class _Round:
     def need(self, left: Iterable[int], what: str) -> None:
         """Raise unless as many nodes are ``left`` around each that shared its secrets as it takes to have them."""
         nodes = set(left)
-        if len(nodes) < 2 or any(len(nodes & set(self.neighbours[node])) < self.threshold for node in self.sources or nodes):
-            raise _Halted(f"{len(nodes)} of {len(self.asked)} nodes gave {what}, and {self.threshold} of each node's are needed")
+        if len(nodes) < 2 or any(
+            len(nodes & set(self.neighbours[node])) < self.numbers.threshold for node in self.sources or nodes
+        ):
+            raise _Halted(
+                f"{len(nodes)} of {len(self.asked)} nodes gave {what}, and {self.numbers.threshold} of each node's are needed"
+            )
 
 
 class _Halted(Exception):
@@ -200,19 +208,13 @@ class SecureGrid(Grid):
 
     def _start(self, messages: Sequence[Message], timeout: float | None) -> _Round:
         asked = {message.metadata.dst_node_id: message for message in messages}
-        ring, shares = list(asked), self._options.shares(len(asked))
-        if shares < len(ring):
+        options = self._operator.announce(self._options) if self._operator else self._options
+        ring, numbers = list(asked), options.numbers(len(asked))
+        if numbers.shares < len(ring):
             self._rng.shuffle(ring)
-        reach = range(-(shares // 2), shares // 2 + 1)
+        reach = range(-(numbers.shares // 2), numbers.shares // 2 + 1)
         neighbours = {node: sorted({ring[(place + step) % len(ring)] for step in reach}) for place, node in enumerate(ring)}
-        return _Round(
-            asked=asked,
-            threshold=self._options.threshold(len(ring)),
-            shares=shares,
-            steps=self._options.steps(len(ring)),
-            neighbours=neighbours,
-            timeout=timeout,
-        )
+        return _Round(asked=asked, numbers=numbers, neighbours=neighbours, timeout=timeout)
 
     def _keys(self, state: _Round) -> None:
         """Stage one: everybody makes two pairs of keys."""
@@ -221,12 +223,12 @@ class SecureGrid(Grid):
         configs: dict[str, Any] = {
             Key.STAGE: Stage.SETUP,
             Key.SAMPLE_NUMBER: len(state.asked),
-            Key.SHARE_NUMBER: state.shares,
-            Key.THRESHOLD: state.threshold,
-            Key.CLIPPING_RANGE: float(self._options.clipping_range),
-            Key.TARGET_RANGE: state.steps,
+            Key.SHARE_NUMBER: state.numbers.shares,
+            Key.THRESHOLD: state.numbers.threshold,
+            Key.CLIPPING_RANGE: state.numbers.clipping_range,
+            Key.TARGET_RANGE: state.numbers.steps,
             Key.MOD_RANGE: MODULUS,
-            Key.MAX_WEIGHT: float(self._options.max_weight),
+            Key.MAX_WEIGHT: state.numbers.max_weight,
         }
         found = self._ask(state, dict.fromkeys(state.asked, configs), (Key.PUBLIC_KEY_1, Key.PUBLIC_KEY_2))
         for node, reply in found.items():
@@ -284,7 +286,7 @@ class SecureGrid(Grid):
             )
             for node in state.vectors
         }
-        asked = self._operator.unmask(honest, threshold=state.threshold) if self._operator else honest
+        asked = self._operator.unmask(honest, threshold=state.numbers.threshold) if self._operator else honest
         configs: dict[int, dict[str, Any]] = {
             node: {
                 Key.STAGE: Stage.UNMASK,
@@ -309,37 +311,35 @@ class SecureGrid(Grid):
         if self._operator is None:
             return
         for node, vector in state.vectors.items():
-            if min(len(seeds[node]), len(keys[node])) >= state.threshold:
+            if min(len(seeds[node]), len(keys[node])) >= state.numbers.threshold:
                 own = masks.own_mask(seeds[node], size=state.size)
                 others = masks.pair_masks(keys[node], node, state.public(node, state.sources[node]), size=state.size)
                 bare = vector - own - others
-                if int(bare[0]) % MODULUS == self._weight(state, node) > 0:
-                    moved = masks.mean(bare, clipping_range=self._options.clipping_range, steps=state.steps, nodes=1)
+                if int(bare[0]) % MODULUS == state.weight(node) > 0:
+                    moved = masks.mean(bare, state.numbers, nodes=1)
                     self._operator.opened(_reply(state, node, _moved(_model(state.asked[node])[1], moved)), node=node)
 
     def _sum(
         self, state: _Round, seeds: Mapping[int, list[bytes]], keys: Mapping[int, list[bytes]], *, answered: int
     ) -> NDArray[np.float64]:
         for node in state.sources:
-            if len((seeds if node in state.vectors else keys)[node]) < state.threshold:
-                raise _Halted(f"{answered} of {len(state.vectors)} nodes helped to unmask, and {state.threshold} are needed")
+            if len((seeds if node in state.vectors else keys)[node]) < state.numbers.threshold:
+                raise _Halted(
+                    f"{answered} of {len(state.vectors)} nodes helped to unmask, and {state.numbers.threshold} are needed"
+                )
         total, alive = masks.added(state.vectors.values()), list(state.vectors)
         for node in state.sources:
             if node in state.vectors:
                 total -= masks.own_mask(seeds[node], size=state.size)
             else:
                 total += masks.pair_masks(keys[node], node, state.public(node, alive), size=state.size)
-        weight = sum(self._weight(state, node) for node in alive)
+        weight = sum(map(state.weight, alive))
         if not weight or int(total[0]) % MODULUS != weight:
             raise _Halted(
-                f"the weights do not add up; the sites together must have examples, and fewer than {MODULUS // state.steps} "
-                f"times max_weight = {self._options.max_weight:g}"
+                "the weights do not add up; the sites together must have examples, and fewer than "
+                f"{MODULUS // state.numbers.steps} times max_weight = {state.numbers.max_weight:g}"
             )
-        return masks.mean(total, clipping_range=self._options.clipping_range, steps=state.steps, nodes=len(alive))
-
-    def _weight(self, state: _Round, node: int) -> int:
-        """What must stand in front of a node's update: the number of its examples is known."""
-        return masks.weight(_examples(state.replies[node]), max_weight=self._options.max_weight, steps=state.steps)
+        return masks.mean(total, state.numbers, nodes=len(alive))
 
     def _ask(
         self, state: _Round, configs: Mapping[int, Mapping[str, Any]], keys: Sequence[str], *, with_model: bool = False
@@ -381,11 +381,6 @@ def _message(asked: Message, configs: Mapping[str, Any], *, with_model: bool) ->
 
 def _told(reply: Message) -> Mapping[str, Any]:
     return reply.content.config_records[CONFIGS]
-
-
-def _examples(reply: Message) -> int:
-    told = reply.content.metric_records["fitres.num_examples"]["num_examples"]
-    return told if isinstance(told, int) else 0
 
 
 def _model(asked: Message) -> tuple[str, ArrayRecord]:

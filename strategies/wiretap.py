@@ -22,7 +22,7 @@ from flpriv.capture import Observation
 from flpriv.errors import ThreatError, UpdateError
 from flpriv.finding import Event
 from flpriv.progress import tell
-from flpriv.secure_aggregation import Unmask
+from flpriv.secure_aggregation import SecureAggregation, Unmask
 from flpriv.state import State, check_finite, check_like
 from flpriv.store import Sink
 from flpriv.strategies import checkpoint
@@ -185,12 +185,19 @@ class Wiretap(Strategy):
         tell("rounds", round, self._total)
         return metrics
 
+    def announce(self, agreed: SecureAggregation) -> SecureAggregation:
+        """Under secure aggregation, the options that the sites are told: what a trap in the protocol makes of them."""
+        trap = self._protocol_trap
+        return agreed if trap is None else trap.announce(agreed, round=self._round)
+
     def unmask(self, honest: Mapping[int, Unmask], *, threshold: int) -> Mapping[int, Unmask]:
         """Under secure aggregation, what each node is asked to unmask: what a trap in the protocol makes of it."""
-        if not isinstance(self.trap, ProtocolTrap) or self._round not in self.tamper_rounds:
-            return honest
-        nodes = tuple(self._deliveries)[: self.victims]
-        return self.trap.unmask(honest, round=self._round, nodes=nodes, threshold=threshold)
+        trap, nodes = self._protocol_trap, tuple(self._deliveries)[: self.victims]
+        return honest if trap is None else trap.unmask(honest, round=self._round, nodes=nodes, threshold=threshold)
+
+    @property
+    def _protocol_trap(self) -> ProtocolTrap | None:
+        return self.trap if isinstance(self.trap, ProtocolTrap) and self._round in self.tamper_rounds else None
 
     def opened(self, reply: Message, *, node: int) -> None:
         """Record the reply of a node whose masks a trap in the protocol took off."""

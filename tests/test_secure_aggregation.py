@@ -10,7 +10,7 @@ from flwr.common.secure_aggregation import secaggplus_constants as flower
 
 from flpriv.errors import ScenarioError
 from flpriv.scenario import Scenario, parse
-from flpriv.secure_aggregation import CONFIGS, MODULUS, STATE, SecureAggregation, Unmask, unmasking
+from flpriv.secure_aggregation import CONFIGS, MODULUS, STATE, Numbers, SecureAggregation, Unmask, unmasking
 from flpriv.threat import Can
 
 
@@ -108,9 +108,11 @@ def test_nobody_sees_single_updates() -> None:
 
 
 def test_a_request_as_a_site_sees_it() -> None:
-    state = {"nid": 7, "share_num": 4, "threshold": 3, "rd_seed_share_dict:K": [7, 8, 9], "rd_seed_share_dict:V": [b"", b"", b""]}
+    told = {"sample_num": 5, "share_num": 4, "threshold": 3, "clipping_range": 2.0, "target_range": 64, "max_weight": 10.0}
+    state = {"nid": 7, "rd_seed_share_dict:K": [7, 8, 9], "rd_seed_share_dict:V": [b"", b"", b""], **told}
     found = unmasking({"stage": "unmask", "active_nids": [7, 8], "dead_nids": [9]}, state)
     assert found is not None
     assert found.asked == Unmask(alive=(7, 8), dropped=(9,))
-    assert (found.node, found.shared, found.shares, found.threshold) == (7, frozenset((7, 8, 9)), 4, 3)
+    assert (found.node, found.shared, found.nodes) == (7, frozenset((7, 8, 9)), 5)
+    assert found.numbers == Numbers(shares=4, threshold=3, clipping_range=2.0, steps=64, max_weight=10.0)
     assert unmasking({"stage": "setup"}, state) is None

@@ -14,8 +14,8 @@ from flpriv.capture import Capture
 from flpriv.claim import Claim, Goal
 from flpriv.errors import FlprivError, ScenarioError, ThreatError
 from flpriv.records import Records
-from flpriv.registry import create
-from flpriv.secure_aggregation import Unmask
+from flpriv.registry import create, validate
+from flpriv.secure_aggregation import SecureAggregation, Unmask
 from flpriv.state import State
 from flpriv.task import Task
 from flpriv.threat import Can, spell
@@ -28,12 +28,18 @@ class OpeningTrap(ProtocolTrap):
     """Lists nodes on both sides of an unmask request, and sends the model as another trap would.
 
     Args:
+        announced: options in place of those agreed on.
         how: as in :class:`SecAggOpening`.
         inner: the trap in the model, if there is one.
     """
 
+    announced: Mapping[str, Any]
     how: How
     inner: Trap | None
+
+    def announce(self, agreed: SecureAggregation, *, round: int) -> SecureAggregation:
+        """The agreed options with some replaced."""
+        return replace(agreed, **self.announced)
 
     def arm(self, honest: State, *, round: int, node: int, nodes: Sequence[int]) -> State | None:
         """What the other trap sends, the honest model without one."""
@@ -84,6 +90,9 @@ class SecAggOpening(Attack):
         how: every holder of shares is asked for ``"both"`` kinds, or they are ``"split"`` into halves that are asked for one
             each, so that no request contradicts itself: that takes a threshold of half the shares or less. ``"auto"`` splits
             where it can.
+        announce: options of secure aggregation that the server tells the sites in place of those agreed on: a small
+            ``clipping_range`` and a ``max_weight`` near their number of images cost an update that is opened the least precision,
+            and a ``reconstruction_threshold`` of half the shares lets requests be split.
     """
 
     name: ClassVar[str] = "secagg-opening"
@@ -98,8 +107,10 @@ class SecAggOpening(Attack):
     then: str = "tuned-matching"
     options: Mapping[str, Any] = field(default_factory=dict)
     how: How = "auto"
+    announce: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        validate(SecureAggregation, self.announce, where=f"attack {self.name!r}: announce")
         if self.then == self.name or self.inner.goal is not self.goal:
             raise ScenarioError(f"attack {self.name!r}: then = {self.then!r}: must be another attack that rebuilds images")
 
@@ -119,7 +130,7 @@ class SecAggOpening(Attack):
 
     def trap(self, task: Task, *, public: Records | None, rng: torch.Generator) -> OpeningTrap:
         """A trap in the protocol, around that of the other attack."""
-        return OpeningTrap(how=self.how, inner=self.inner.trap(task, public=public, rng=rng))
+        return OpeningTrap(announced=self.announce, how=self.how, inner=self.inner.trap(task, public=public, rng=rng))
 
     def run(self, capture: Capture, *, rng: torch.Generator) -> Sequence[Claim]:
         """The other attack's claims about the nodes that were opened.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -18,23 +19,35 @@ from flpriv.defense import Defense, Local
 from flpriv.defenses.top_k import TopK
 from flpriv.defenses.unmask_check import UnmaskCheck
 from flpriv.engine.inline import run_apps
-from flpriv.secure_aggregation import Unmask, Unmasking
+from flpriv.secure_aggregation import SecureAggregation, Unmask, Unmasking
 
 LOCAL = Local(site="A", round=1, rng=torch.Generator())
 NODES = (1, 2, 3, 4)
 
 
-def judge(alive: tuple[int, ...], dropped: tuple[int, ...] = (), *, threshold: int = 3, shares: int = 4, **options: Any) -> str:
+AGREED = SecureAggregation(reconstruction_threshold=3, clipping_range=2.0)
+
+
+def judge(
+    alive: tuple[int, ...],
+    dropped: tuple[int, ...] = (),
+    *,
+    told: SecureAggregation = AGREED,
+    local: Local = LOCAL,
+    nodes: int = 4,
+    **options: Any,
+) -> str:
     request = Unmasking(
-        node=1, asked=Unmask(alive=alive, dropped=dropped), shared=frozenset(NODES), shares=shares, threshold=threshold
+        node=1, asked=Unmask(alive=alive, dropped=dropped), shared=frozenset(NODES), nodes=nodes, numbers=told.numbers(nodes)
     )
-    refusal = UnmaskCheck(**options).unmask(request, local=LOCAL)
+    refusal = UnmaskCheck(**options).unmask(request, local=local)
     return "" if refusal is None else refusal.reason
 
 
 @pytest.mark.parametrize("dropped", [(), (2,), (4,)])
 def test_honest_requests_are_answered(dropped: tuple[int, ...]) -> None:
-    assert judge(tuple(node for node in NODES if node not in dropped), dropped) == ""
+    known = replace(LOCAL, secure_aggregation=AGREED)
+    assert judge(tuple(node for node in NODES if node not in dropped), dropped, local=known) == ""
 
 
 @pytest.mark.parametrize(
@@ -56,9 +69,26 @@ def test_other_requests_are_refused(alive: tuple[int, ...], dropped: tuple[int, 
 
 
 def test_a_threshold_of_half_the_shares_is_refused_unless_told_otherwise() -> None:
-    assert "a threshold of 2 of 4 shares lets the server ask one half" in judge(NODES, threshold=2)
-    assert judge(NODES, threshold=2, majority=False) == ""
-    assert judge(NODES, threshold=3, shares=5) == ""
+    half = replace(AGREED, reconstruction_threshold=2)
+    assert "a threshold of 2 of 4 shares lets the server ask one half" in judge(NODES, told=half)
+    assert judge(NODES, told=half, majority=False) == ""
+    assert judge(NODES, nodes=5) == ""
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"reconstruction_threshold": 4}, "the server announced threshold = 4, agreed is 3"),
+        ({"clipping_range": 0.01}, "the server announced clipping_range = 0.01, agreed is 2"),
+        ({"quantization_range": 2**20}, "the server announced steps = 1.04858e+06, agreed is 6.71089e+07"),
+        ({"max_weight": 10}, "the server announced max_weight = 10, agreed is 1000"),
+    ],
+)
+def test_numbers_other_than_agreed_are_refused_where_those_are_known(change: dict[str, Any], reason: str) -> None:
+    told = replace(AGREED, **change)
+    assert judge((1, 2, 3, 4), told=told) == ""
+    assert judge((1, 2, 3, 4), told=told, local=replace(LOCAL, secure_aggregation=AGREED)) == reason
+    assert judge((1, 2, 3, 4), local=replace(LOCAL, secure_aggregation=AGREED)) == ""
 
 
 def fit(message: Message, context: Context) -> Message:

@@ -147,6 +147,22 @@ def test_split_requests_get_past_a_check_that_sees_no_majority(plain: dict[str, 
     assert all(right(seen, plain[site], secure) for site, seen in by_site(tmp_path, capture).items())
 
 
+@pytest.mark.parametrize("check", [False, True])
+def test_a_server_may_announce_a_lower_threshold_and_finer_numbers(
+    check: bool, plain: dict[str, Observation], tmp_path: Path
+) -> None:
+    finer = {"reconstruction_threshold": 0.5, **FINE}
+    checks: dict[str, Any] = {"defenses": {"unmask-check": {"majority": False}}, "compare": ["unmask-check"]} if check else {}
+    which = audit({"max_weight": 1000}, attack={"how": "split", "announce": finer}, **checks)
+    capture, events = run(tmp_path, which)
+    if check:
+        assert {event.partition(": the")[2] for event in events} == {" server announced threshold = 2, agreed is 3"}
+        assert capture.observations == ()
+    else:
+        assert all(right(seen, plain[site], finer) for site, seen in by_site(tmp_path, capture).items())
+        assert len(capture.observations) == 1 + SITES
+
+
 def test_with_the_check_an_honest_federation_goes_on_as_it_was(tmp_path: Path) -> None:
     honest, _ = run(tmp_path / "bare", audit(attacks={}))
     checked, events = run(tmp_path / "checked", audit(attacks={}, defenses={"unmask-check": {}}, compare=["unmask-check"]))
@@ -213,6 +229,7 @@ def test_it_needs_a_federation_with_secure_aggregation() -> None:
     [
         ({"then": "update-cosine"}, "must be another attack that rebuilds images"),
         ({"then": "secagg-opening"}, "must be another attack that rebuilds images"),
+        ({"announce": {"threshold": 2}}, "announce: unknown option 'threshold'"),
         ({"then": "imprnt"}, "did you mean 'imprint'"),
         ({"then": "imprint", "options": {"bin": 3}}, "unknown option 'bin'"),
     ],
