@@ -418,14 +418,21 @@ def _inactive(scenario: Scenario, folder: RunFolder) -> list[str]:
 
 
 def _hidden(scenario: Scenario) -> list[str]:
-    """What secure aggregation took from the threat model that was asked for."""
-    named = threat(scenario.threat.name, deny=scenario.threat_table.deny).granted
-    if scenario.federation.secure_aggregation is None or Can.SEE_UPDATES not in named:
+    """What secure aggregation took from the threat model that was asked for, and where it does not hold what it promises."""
+    secure, found = scenario.federation.secure_aggregation, []
+    if secure is None:
         return []
-    return [
-        f"Secure aggregation hides single updates: '{scenario.threat.name}' saw only sums here, each site's number of images and "
-        "metrics, and what an attack on the protocol opened."
-    ]
+    if Can.SEE_UPDATES in threat(scenario.threat.name, deny=scenario.threat_table.deny).granted:
+        found.append(
+            f"Secure aggregation hides single updates: '{scenario.threat.name}' saw only sums here, each site's number of images "
+            "and metrics, and what an attack on the protocol opened."
+        )
+    if secure.shares(len(data.sites(scenario))) <= 3:
+        found.append(
+            "Each site shares masks with one or two others alone. Flower draws them from 28 bits, and whoever sees masked updates "
+            "can try them all; raise federation.secure_aggregation.num_shares, or count single updates as seen."
+        )
+    return found
 
 
 def _methods(scenario: Scenario) -> dict[str, tuple[str, str]]:

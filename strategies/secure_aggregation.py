@@ -193,7 +193,7 @@ class SecureGrid(Grid):
             self._collect(state, ciphertexts)
             moved = self._unmask(state)
         except _Halted as halted:
-            reason = Error(ErrorCode.CLIENT_APP_RAISED_EXCEPTION, f"secure aggregation: no sum: {halted}")
+            reason = _error(f"secure aggregation: no sum: {halted}")
             return [Message(state.errors.get(node, reason), reply_to=message) for node, message in state.asked.items()]
         errors = {node: Message(error, reply_to=state.asked[node]) for node, error in state.errors.items()}
         for node in errors.keys() & state.vectors.keys():
@@ -268,13 +268,11 @@ class SecureGrid(Grid):
         }
         size = state.size
         for node, reply in self._ask(state, configs, (Key.MASKED_PARAMETERS,), with_model=True).items():
-            vector = np.concatenate([bytes_to_ndarray(part).reshape(-1) for part in _told(reply)[Key.MASKED_PARAMETERS]])
-            if vector.shape == (size,) and np.issubdtype(vector.dtype, np.integer):
+            vector = _vector(_told(reply)[Key.MASKED_PARAMETERS])
+            if vector is not None and len(vector) == size and "metrics" in reply.content.metric_records:
                 state.vectors[node], state.replies[node] = vector, reply
             else:
-                state.errors[node] = Error(
-                    ErrorCode.CLIENT_APP_RAISED_EXCEPTION, f"{len(vector)} masked entries, expected {size}"
-                )
+                state.errors[node] = _error(f"no masked update of {size} entries with its metrics")
         state.need(state.vectors, "a masked update")
 
     def _unmask(self, state: _Round) -> NDArray[np.float64]:
@@ -299,12 +297,18 @@ class SecureGrid(Grid):
         seeds: dict[int, list[bytes]] = {node: [] for node in state.sources}
         keys: dict[int, list[bytes]] = {node: [] for node in state.sources}
         for node, reply in found.items():
-            alive, dropped = asked[node].alive, asked[node].dropped
-            places = [seeds[one] for one in alive] + [keys[one] for one in dropped]
-            for place, share in zip(places, _told(reply)[Key.SHARE_LIST], strict=True):
+            places = [*(seeds[one] for one in asked[node].alive), *(keys[one] for one in asked[node].dropped)]
+            shares = _told(reply)[Key.SHARE_LIST]
+            if len(shares) != len(places):
+                state.errors[node] = _error(f"{len(shares)} shares, asked for {len(places)}")
+                continue
+            for place, share in zip(places, shares, strict=True):
                 place.append(share)
-        self._open(state, seeds, keys)
-        return self._sum(state, seeds, keys, answered=len(found))
+        try:
+            self._open(state, seeds, keys)
+            return self._sum(state, seeds, keys, answered=len(found))
+        except (ValueError, TypeError) as error:
+            raise _Halted(f"the shares that came are not of one secret ({error})") from error
 
     def _open(self, state: _Round, seeds: Mapping[int, list[bytes]], keys: Mapping[int, list[bytes]]) -> None:
         """Hand the operator every update whose masks it can take off."""
@@ -354,7 +358,7 @@ class SecureGrid(Grid):
             if reply.has_error():
                 state.errors[node] = reply.error
             elif CONFIGS not in reply.content.config_records or not set(keys) <= set(_told(reply)):
-                state.errors[node] = Error(ErrorCode.CLIENT_APP_RAISED_EXCEPTION, "the reply is not of secure aggregation")
+                state.errors[node] = _error("the reply is not of secure aggregation")
             else:
                 found[node] = reply
         for node in configs.keys() - found.keys() - state.errors.keys():
@@ -377,6 +381,19 @@ def _message(asked: Message, configs: Mapping[str, Any], *, with_model: bool) ->
     content = RecordDict({**records, CONFIGS: ConfigRecord(dict(configs))})
     about = asked.metadata
     return Message(content, about.dst_node_id, MessageType.TRAIN, ttl=about.ttl, group_id=about.group_id)
+
+
+def _vector(parts: Any) -> Masked | None:
+    """The masked vector in a reply, its weight in front; ``None`` if it cannot be read."""
+    try:
+        found = np.concatenate([bytes_to_ndarray(part).reshape(-1) for part in parts])
+    except (ValueError, TypeError, EOFError):
+        return None
+    return found.astype(np.int64) if np.issubdtype(found.dtype, np.integer) else None
+
+
+def _error(reason: str) -> Error:
+    return Error(ErrorCode.CLIENT_APP_RAISED_EXCEPTION, reason)
 
 
 def _told(reply: Message) -> Mapping[str, Any]:

@@ -188,6 +188,17 @@ def test_a_sum_over_clients_is_seen_with_the_models(tmp_path: Path) -> None:
         assert [one.node for one in seen] == [None] * count
 
 
+def test_what_a_trap_opened_is_seen_by_who_tampers(tmp_path: Path) -> None:
+    for granted, count in ((NAMED["malicious-sums-only"], 1), (NAMED["sums-only"], 0)):
+        folder = tmp_path / str(count)
+        sink = Sink(folder, granted=granted, task=TASK)
+        sink.observe(observation(trap="opening", opened=True))
+        sink.observe(observation(node=6))
+        sink.finish_round(1, model=state())
+        found = open_capture(folder).observations
+        assert [(seen.node, seen.opened, seen.trap) for seen in found] == [(5, True, "opening")] * count
+
+
 def records(n: int = 6) -> Records:
     columns = {"site": ("a",) * n, "sex": ("F",) * n, "age": ("61",) * n, "scanner": ("X",) * n}
     names = tuple(f"p{i}" for i in range(n))

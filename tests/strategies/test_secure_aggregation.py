@@ -148,9 +148,10 @@ def test_a_site_sends_whole_numbers_that_look_drawn_at_random(plain: tuple[Obser
     ],
 )
 def test_a_site_that_drops_out_is_left_out_of_the_sum(what: str, secure: dict[str, Any], tmp_path: Path) -> None:
-    sites = 5
+    """And sites that look at what they are asked to unmask find nothing wrong."""
+    sites, checked = 5, {"defenses": {"unmask-check": {}}, "compare": ["unmask-check"]}
     run(tmp_path / "plain", audit(False, sites=sites))
-    result = run(tmp_path / "sum", audit(secure, sites=sites), app=failing(what, (1,)))
+    result = run(tmp_path / "sum", audit(secure, sites=sites, **checked), app=failing(what, (1,)))
     witnesses = {w.site: w.node for w in read_witnesses(tmp_path / "plain")}
     gone = witnesses["hospital-2"]
     (expected,) = sums([one for one in capture(tmp_path / "plain").observations if one.node != gone])
@@ -183,6 +184,36 @@ def test_where_too_few_are_left_the_round_ends_without_a_sum_and_the_next_goes_o
     assert whats.count("error 2: no power") == 2
     others = [what for what in whats if what != "error 2: no power"]
     assert all("secure aggregation: no sum: 2 of 4 nodes" in what and what.endswith("are needed") for what in others)
+
+
+def _spoilt(what: str, key: str, value: Any) -> App:
+    """The client app, but the second site's reply of one stage holds something else."""
+
+    def answer(message: Message, context: Context) -> Message:
+        asked = stage(message) if message.has_content() else ""
+        reply = client(message, context)
+        if asked == what and context.node_config["partition-id"] == 1:
+            reply.content.config_records[CONFIGS][key] = value
+        return reply
+
+    return answer
+
+
+@pytest.mark.parametrize(
+    ("what", "key", "value", "event"),
+    [
+        ("setup", "pk1", b"no key", "error 2: round 1: ValueError; see the site's own log"),
+        ("share_keys", "ctxts", [b"x", b"y", b"z"], "error 2:"),
+        ("collect_masked_vectors", "masked_params", [b"no array"], "error 2: no masked update of"),
+        ("unmask", "shares", [b"too few"], "error 2: 1 shares, asked for 4"),
+        ("unmask", "shares", [b"0123456789abcdefghij"] * 4, "no sum: the shares that came are not of one secret"),
+    ],
+)
+def test_a_site_that_answers_nonsense_does_not_end_the_run(what: str, key: str, value: Any, event: str, tmp_path: Path) -> None:
+    result = run(tmp_path, audit(), app=_spoilt(what, key, value))
+    assert result["events"]
+    assert any(event in one["what"] for one in result["events"])
+    assert all(torch.isfinite(value).all() for value in capture(tmp_path).final.values())
 
 
 def test_too_many_examples_for_the_numbers_end_the_round_with_the_way_out(tmp_path: Path) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import prod
 from typing import Any, ClassVar
@@ -10,9 +10,12 @@ from typing import Any, ClassVar
 import pytest
 import torch
 
-from flpriv.attack import Attack
+from flpriv.attack import Attack, ProtocolTrap, Trap
 from flpriv.capture import Capture
 from flpriv.claim import Attribute, Claim, Goal, Membership, Reconstruction
+from flpriv.records import Records
+from flpriv.secure_aggregation import Unmask
+from flpriv.task import Task
 from flpriv.testing import blindfold, check_attack, glass, score, withhold
 from flpriv.threat import Can
 
@@ -158,6 +161,37 @@ class Sourceless(Honest):
     paper: ClassVar[str] = ""
 
 
+@dataclass(frozen=True, kw_only=True)
+class Requests(ProtocolTrap):
+    """Names no node alive but the one that is asked, or asks what the protocol asks."""
+
+    alone: bool
+
+    def unmask(self, honest: Mapping[int, Unmask], *, round: int, nodes: Sequence[int], threshold: int) -> Mapping[int, Unmask]:
+        return {node: Unmask(alive=(node,), dropped=one.alive) for node, one in honest.items()} if self.alone else honest
+
+
+@dataclass(frozen=True, kw_only=True)
+class Polite(Honest):
+    """Sets a trap in secure aggregation that asks for what the protocol asks."""
+
+    name = "polite"
+    needs = Can.SEE_UPDATES | Can.TAMPER
+
+    def trap(self, task: Task, *, public: Records | None, rng: torch.Generator) -> Trap | None:
+        return Requests(alone=False)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ruinous(Polite):
+    """Sets a trap in secure aggregation that costs the round its sum."""
+
+    name = "ruinous"
+
+    def trap(self, task: Task, *, public: Records | None, rng: torch.Generator) -> Trap | None:
+        return Requests(alone=True)
+
+
 def documented(cls: type[Any]) -> Attack:
     """An instance of ``cls`` with the docstring its inherited option needs."""
     cls.__doc__ = f"{cls.__doc__}\n\nfloor: smallest bias update looked at."
@@ -185,6 +219,8 @@ def test_an_attack_that_reads_the_evidence_passes() -> None:
         (Undocumented, "explain option 'secret'"),
         (Lenient, "a misspelt option must be refused"),
         (Sourceless, "class attribute 'paper'"),
+        (Polite, "what its trap asks opens no node"),
+        (Ruinous, "its trap leaves the round without a sum"),
     ],
 )
 def test_what_is_wrong_is_named(cls: type[Attack], fault: str) -> None:

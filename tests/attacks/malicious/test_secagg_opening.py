@@ -207,6 +207,14 @@ def test_with_imprint_the_images_of_each_site_come_back(tmp_path: Path) -> None:
     assert mean > 30
 
 
+def test_a_model_of_other_layers_for_some_sites_alone_has_no_sum(tmp_path: Path) -> None:
+    threat = {"model": "malicious-server", "victims": 1}
+    capture, events = run(tmp_path, audit(attack={"then": "imprint"}, threat=threat))
+    assert capture.observations == ()
+    (what,) = set(events)
+    assert "no sum: nodes were sent models of different layers" in what
+
+
 def test_attacks_on_single_updates_are_not_granted(tmp_path: Path) -> None:
     which = audit(attacks={"imprint": {}, "inverting-gradients": {"iterations": 1}})
     verdict = audits.run(which, out=tmp_path)
@@ -214,7 +222,14 @@ def test_attacks_on_single_updates_are_not_granted(tmp_path: Path) -> None:
         "imprint": "not granted",
         "inverting-gradients": "not granted",
     }
-    assert "Secure aggregation hides single updates: 'malicious-server' saw only sums here" in verdict.caveats[0]
+    (caveat,) = verdict.caveats
+    assert "Secure aggregation hides single updates: 'malicious-server' saw only sums here" in caveat
+
+
+def test_a_report_says_where_masks_can_be_guessed(tmp_path: Path) -> None:
+    which = audit({**FINE, "num_shares": 3, "reconstruction_threshold": 2}, attacks={"loss-threshold": {}})
+    verdict = audits.run(which, out=tmp_path)
+    assert any("Flower draws them from 28 bits" in caveat for caveat in verdict.caveats)
 
 
 def test_it_needs_a_federation_with_secure_aggregation() -> None:
