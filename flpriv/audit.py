@@ -429,8 +429,8 @@ def _hidden(scenario: Scenario) -> list[str]:
         )
     if secure.shares(len(data.sites(scenario))) <= 3:
         found.append(
-            "Each site shares masks with one or two others alone. Flower draws them from 28 bits, and whoever sees masked updates "
-            "can try them all; raise federation.secure_aggregation.num_shares, or count single updates as seen."
+            "Each site shares masks with one or two others alone. Flower draws them from 28 bits, and whoever sees masked "
+            "updates can try them all; raise federation.secure_aggregation.num_shares, or count single updates as seen."
         )
     return found
 
