@@ -216,10 +216,10 @@ def test_a_model_of_other_layers_for_some_sites_alone_has_no_sum(tmp_path: Path)
 
 
 def test_attacks_on_single_updates_are_not_granted(tmp_path: Path) -> None:
-    which = audit(attacks={"imprint": {}, "inverting-gradients": {"iterations": 1}})
+    which = audit(attacks={"update-cosine": {}, "inverting-gradients": {"iterations": 1}})
     verdict = audits.run(which, out=tmp_path)
     assert {finding.attack: finding.status for finding in verdict.findings} == {
-        "imprint": "not granted",
+        "update-cosine": "not granted",
         "inverting-gradients": "not granted",
     }
     (caveat,) = verdict.caveats
