@@ -6,7 +6,7 @@ clear. So one number of the mask is known, and all seeds can be tried; of two ma
 is asked for anything but what the protocol asks.
 
 One round on one thread: two hospitals, then five in a ring (``num_shares = 3``). Run it by itself:
-``python tests/benchmarks/secagg_seeds.py``; it takes minutes and 5 GB.
+``python tests/benchmarks/secagg_seeds.py``; it takes minutes and about 3 GB.
 """
 
 from __future__ import annotations
