@@ -192,7 +192,7 @@ class Wiretap(Strategy):
 
     def unmask(self, honest: Mapping[int, Unmask], *, threshold: int) -> Mapping[int, Unmask]:
         """Under secure aggregation, what each node is asked to unmask: what a trap in the protocol makes of it."""
-        trap, nodes = self._protocol_trap, tuple(self._deliveries)[: self.victims]
+        trap, nodes = self._protocol_trap, next((delivery.nodes for delivery in self._deliveries.values()), ())
         return honest if trap is None else trap.unmask(honest, round=self._round, nodes=nodes, threshold=threshold)
 
     @property
