@@ -22,8 +22,8 @@ _SLACK = 0.02
 """By how much more another row may leave the box once a candidate is taken off it."""
 _LEAST = 1.25
 """Score below which a candidate is not taken off: it alone is borne out by its own row."""
-_PIXELS, _OTHERS, _PAIRS, _PASSES = 256, 64, 4000, 3
-"""Pixels, other rows and pairs of rows looked at; passes of search and fit."""
+_PIXELS, _JUDGED, _OTHERS, _PAIRS, _PASSES = 256, 128, 64, 4000, 3
+"""Pixels, candidates, other rows of each and pairs of rows looked at in a step; passes of search and fit."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -115,24 +115,25 @@ class _Search:
         self.numbers: list[float] = []
         self.candidate = torch.zeros_like(rows.weight)
         self.excess = torch.full((count,), torch.inf, dtype=torch.float64)
-        self.score = torch.full((count,), torch.nan, dtype=torch.float64)
         self.fires = torch.zeros((count, count), dtype=torch.bool)  # [candidate, row]
         self._restart()
 
     def lone(self) -> bool:
         """Take off the most believable image that is alone in a row; whether there was one."""
-        able = self._able()
-        for place in torch.nonzero(able & self.score.isnan()).flatten().tolist():
-            self.score[place] = self._judge(place)[0]
-        if not bool((able & (self.score > _LEAST)).any()):
+        able = torch.nonzero(self._able()).flatten()
+        if not len(able):
             return False
-        best = int(torch.where(able, self.score, -torch.inf).argmax())
-        alike = self._judge(best)[1]
-        alike = torch.cat([alike[alike != best], torch.tensor([best])])
+        alone = self._alone(able)
+        first = (alone.sum(1) / (1 + 20 * self.excess[able])).argsort(descending=True)[:_JUDGED]
+        scores = [self._score(int(able[i]), alone[i]) for i in first]
+        score, best = max(zip(scores, first.tolist(), strict=True))
+        if score < _LEAST:
+            return False
+        alike = torch.nonzero(alone[best]).flatten()
         numbers = self.left_bias[alike]
         middle = alike[(numbers - numbers.median()).abs().argsort()[: len(alike) // 2 + 1]]
         self._take(self.candidate[middle].mean(0), float(self.left_bias[middle].mean()))
-        self.open[best] = False
+        self.open[able[best]] = False
         return True
 
     def pair(self) -> bool:
@@ -175,9 +176,14 @@ class _Search:
         return pairs[:, 0], pairs[:, 1]
 
     def fit(self) -> bool:
-        """Fit the images found to the rows they explain, drop those that turn out to be none; whether anything is left then."""
+        """Fit the images found to the rows they explain and drop those that turn out to be none; whether anything is left then.
+
+        A fit that explains fewer rows than what was found before is not taken over.
+        """
         rows = self.rows
         images, numbers = self._stacked()
+        self._restart()
+        before = self.images, self.numbers, int(self.open.sum())
         fires = rows.fired_by(images).double().T
         left = rows.moved - (fires * numbers) @ images
         explained = left.square().mean(1) < (0.1 * rows.moved).square().mean(1) + (_QUIET * rows.doubt).square()
@@ -190,6 +196,9 @@ class _Search:
         self.images = list(torch.where(better[:, None], box, images)[real])
         self.numbers = torch.where(better, fitted, numbers)[real].tolist()
         self._restart()
+        if int(self.open.sum()) > before[2]:
+            self.images, self.numbers = before[:2]
+            self._restart()
         return bool(self.open.any())
 
     def found(self, most: int | None) -> Found:
@@ -244,7 +253,6 @@ class _Search:
             if abs(self.numbers[known]) < _SAME * abs(number):
                 del self.images[known], self.numbers[known]
         self._refresh(touched[self.open[touched]])
-        self.score[self.fires[:, touched].any(1)] = torch.nan
 
     def _refresh(self, places: Tensor) -> None:
         """Read the candidates of rows again after something was taken off them."""
@@ -262,20 +270,27 @@ class _Search:
         own = along.gather(1, places[:, None])[:, 0] + rows.bias[places] > -1e-3 * along.abs().mean(1)
         excess = (raw - image).square().mean(1).sqrt()
         self.excess[places] = torch.where(own & (image.std(1, correction=0) > 1e-2), excess, torch.inf)
-        self.score[places] = torch.nan
 
-    def _judge(self, place: int) -> tuple[float, Tensor]:
-        """How well the rows that a candidate fires bear it out, and which of those looked at hold it alone."""
-        others = torch.nonzero(self.fires[place]).flatten()
+    def _alone(self, able: Tensor) -> Tensor:
+        """``(candidates, K)``: which of the rows a candidate fires hold it alone, as its own does."""
+        seen, numbers = self.left[:, self.looked], self.left_bias
+        sizes = numbers[able].abs() * self.candidate[able][:, self.looked].square().mean(1).sqrt()
+        alone: Tensor = torch.cdist(seen[able], seen) < _SAME * len(self.looked) ** 0.5 * sizes[:, None]
+        alone &= (numbers[None] - numbers[able, None]).abs() < _SAME * numbers[able, None].abs()
+        alone &= self.fires[able] & self.open
+        alone[range(len(able)), able] = True
+        return alone
+
+    def _score(self, place: int, alone: Tensor) -> float:
+        """How well the rows that a candidate fires bear it out: how many hold it alone, and what is left of the others."""
+        others = torch.nonzero(self.fires[place] & ~alone).flatten()
         if len(others) > _OTHERS:
             others = others[torch.randperm(len(others), generator=self.rng)[:_OTHERS]]
-        number, excess, image = self.left_bias[place], float(self.excess[place]), self.candidate[place, self.looked]
+        number, excess = self.left_bias[place], float(self.excess[place])
         bias = self.left_bias[others] - number
-        left = self.left[others][:, self.looked] - number * image
-        gone = self.open[others] & (bias.abs() < _SAME * number.abs())
-        gone &= left.square().mean(1).sqrt() < _SAME * number.abs() * image.square().mean().sqrt()
-        raw = left / torch.where(gone, 1, bias)[:, None]
+        raw = (self.left[others][:, self.looked] - number * self.candidate[place, self.looked]) / bias[:, None]
         beyond = (raw - raw.clamp(0, 1)).square().mean(1).sqrt()
-        good = self.open[others] & (gone | (beyond < excess + _SLACK))
-        agreed = (float(good.sum()) + 1) / (len(others) + 2)
-        return (float(gone.sum()) + agreed) / (1 + 20 * excess), others[gone]
+        good = self.open[others] & (beyond < excess + _SLACK)
+        count = int(alone.sum())
+        agreed = (float(good.sum()) + min(count, _OTHERS) + 1) / (len(others) + min(count, _OTHERS) + 2)
+        return (count + agreed) / (1 + 20 * excess)

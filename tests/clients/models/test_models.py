@@ -18,6 +18,7 @@ from torch.nn import functional
 from torch.utils.data import DataLoader, TensorDataset
 
 from flpriv.clients.models.residual import out_of_place
+from flpriv.clients.models.vit import Attention
 from flpriv.errors import ScenarioError
 from flpriv.registry import plugins
 from flpriv.task import Task
@@ -35,11 +36,16 @@ def count(model: nn.Module) -> int:
 
 
 def test_all_models_are_registered() -> None:
-    assert set(plugins("models")) >= {"cnn", "lenet", "resnet18", "densenet121"}
+    assert set(plugins("models")) >= {"cnn", "lenet", "resnet18", "densenet121", "vit"}
 
 
-@pytest.mark.parametrize("name", ["cnn", "lenet", "resnet18", "densenet121"])
-@pytest.mark.parametrize("shape", [FLAT, (3, 33, 40), DEEP])
+@pytest.mark.parametrize(
+    ("name", "shape"),
+    [
+        *((name, shape) for name in ("cnn", "lenet", "resnet18", "densenet121") for shape in (FLAT, (3, 33, 40), DEEP)),
+        *(("vit", shape) for shape in (FLAT, (3, 32, 40), DEEP)),
+    ],
+)
 def test_images_become_logits_and_every_weight_learns(name: str, shape: tuple[int, ...]) -> None:
     model = build(name, shape, classes=3)
     logits = model(torch.rand(2, *shape, generator=torch.Generator().manual_seed(0)))
@@ -55,13 +61,14 @@ def test_images_become_logits_and_every_weight_learns(name: str, shape: tuple[in
         ("lenet", (3, 32, 32), 10, 15_826),
         ("resnet18", (3, 64, 64), 1000, 11_689_512 + 896),  # MONAI's shortcuts have biases
         ("densenet121", (3, 64, 64), 1000, 7_978_856),
+        ("vit", (3, 32, 32), 10, 24_704 + 17 * 128 + 4 * 132_096 + 256 + 1290),  # patches, positions, blocks, norm, head
     ],
 )
 def test_sizes_are_those_of_the_papers(name: str, shape: tuple[int, ...], classes: int, parameters: int) -> None:
     assert count(build(name, shape, classes=classes)) == parameters
 
 
-@pytest.mark.parametrize("name", ["cnn", "lenet", "resnet18", "densenet121"])
+@pytest.mark.parametrize("name", ["cnn", "lenet", "resnet18", "densenet121", "vit"])
 def test_weights_follow_from_the_seed(name: str) -> None:
     one, again, other = (build(name, seed=seed).state_dict() for seed in (1, 1, 2))
     assert all(torch.equal(one[key], again[key]) for key in one)
@@ -85,6 +92,31 @@ def test_the_activation_is_an_option(name: str) -> None:
 def test_densenet_says_when_images_are_too_small() -> None:
     with pytest.raises(ScenarioError, match="every side needs at least 32 pixels"):
         build("densenet121", (1, 28, 28))
+
+
+def test_vit_wants_whole_patches_and_heads() -> None:
+    assert build("vit", (1, 20, 30), patch=5).state_dict()["patch_embedding.position_embeddings"].shape == (1, 24, 128)
+    with pytest.raises(ScenarioError, match="every side needs to be a multiple of patch = 8"):
+        build("vit", (1, 32, 33))
+    with pytest.raises(ScenarioError, match="hidden = 128 is no multiple of heads = 3"):
+        build("vit", heads=3)
+
+
+def test_attention_of_vit_is_that_of_torch() -> None:
+    """``torch.nn.MultiheadAttention`` orders the same weights the same way."""
+    torch.manual_seed(0)
+    mine = Attention(24, heads=3, dropout=0.0)
+    other = nn.MultiheadAttention(24, 3, batch_first=True)
+    state = {"in_proj_weight": mine.qkv.weight, "out_proj.weight": mine.out_proj.weight, "out_proj.bias": mine.out_proj.bias}
+    other.load_state_dict({**state, "in_proj_bias": torch.zeros(72)})
+    tokens = torch.randn(2, 7, 24)
+    torch.testing.assert_close(mine(tokens), other(tokens, tokens, tokens)[0])
+
+
+def test_vit_in_train_mode_drops_and_in_eval_mode_does_not() -> None:
+    model, images = build("vit", dropout=0.5), torch.rand(2, *FLAT)
+    assert not torch.equal(model(images), model(images))
+    assert torch.equal(model.eval()(images), model(images))
 
 
 def test_images_need_two_or_three_dimensions() -> None:
@@ -111,8 +143,9 @@ def test_out_of_place_changes_no_key_and_no_output(network: Callable[[], nn.Modu
 
 
 @pytest.mark.parametrize("shape", [FLAT, (1, 16, 16, 16)])
-def test_per_sample_gradients_of_resnet18(shape: tuple[int, ...]) -> None:
-    model = ModuleValidator.fix(build("resnet18", shape, widen=0.5))
+@pytest.mark.parametrize(("name", "options"), [("resnet18", {"widen": 0.5}), ("vit", {"layers": 2})])
+def test_per_sample_gradients(name: str, options: dict[str, Any], shape: tuple[int, ...]) -> None:
+    model = ModuleValidator.fix(build(name, shape, **options))
     images, labels = torch.rand(3, *shape), torch.tensor([0, 1, 1])
     wrapped = GradSampleModule(copy.deepcopy(model), loss_reduction="sum")
     torch.autograd.backward(functional.cross_entropy(wrapped(images), labels, reduction="sum"))
