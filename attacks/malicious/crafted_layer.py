@@ -41,10 +41,12 @@ class Block(nn.Module):
         shape: of one image.
         neurons: K.
         connection: ``"addition"`` adds the neurons' mean to every pixel; ``"linear"`` puts a dense layer of them in its place.
+        carry: factor on the neurons' mean where it is added.
     """
 
-    def __init__(self, shape: Sequence[int], *, neurons: int, connection: Connection) -> None:
+    def __init__(self, shape: Sequence[int], *, neurons: int, connection: Connection, carry: float = 1.0) -> None:
         super().__init__()
+        self.carry = carry
         self.neurons = nn.Linear(math.prod(shape), neurons)
         self.back = nn.Linear(neurons, math.prod(shape)) if connection == "linear" else None
 
@@ -54,7 +56,7 @@ class Block(nn.Module):
         if self.back is not None:
             replaced: Tensor = self.back(fired)
             return replaced.view_as(images)
-        return images + fired.mean(1).view(-1, *[1] * (images.dim() - 1))
+        return images + self.carry * fired.mean(1).view(-1, *[1] * (images.dim() - 1))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,6 +93,8 @@ class CraftedLayerAttack(Attack):
             so that they pass the image on: a multilayer perceptron, or convolutions, ReLUs and pooling before two dense layers.
             None of flpriv's own models is one: they have no hidden dense layer, or one that sees parts of the image (vit).
         connection: how an inserted layer joins the model, see :class:`Block`.
+        carry: factor on what the neurons hand on, > 0. Gradients grow with it and drown noise that sites add, until they are
+            clipped; it disturbs the model as much as larger weights do, and larger steps of several upset the layer.
         batch: number of images behind a reply (or a sum) that the layer is tuned for, ≥ 2.
         rounds: when it is sent; none named means every round.
     """
@@ -98,6 +102,7 @@ class CraftedLayerAttack(Attack):
     neurons: Annotated[int, Field(ge=1)] = 512
     placement: Placement = "inserted"
     connection: Connection = "addition"
+    carry: Annotated[float, Field(gt=0)] = 1.0
     batch: Annotated[int, Field(ge=2)] = 16
     rounds: tuple[int, ...] = (1,)
 
@@ -109,7 +114,7 @@ class CraftedLayerAttack(Attack):
         """``model``, with the block registered as ``crafted`` and run on its input where one is inserted."""
         if self.placement == "inserted":
             host = _host(model)
-            block = Block(task.shape, neurons=self.neurons, connection=self.connection)
+            block = Block(task.shape, neurons=self.neurons, connection=self.connection, carry=self.carry)
             model.get_submodule(host).add_module("crafted", block)
             model.register_forward_pre_hook(partial(_through, name=f"{host}.crafted".lstrip(".")), prepend=True)
         return model
@@ -124,13 +129,13 @@ class CraftedLayerAttack(Attack):
         if self.placement == "parameters":
             way = passage(task, who=self.name)
             weight, bias = self.craft(way.features(images), neurons=way.neurons, rng=rng)
-            return CraftedTrap(entries=way.entries(weight, bias, rng=rng), rounds=self.rounds)
+            return CraftedTrap(entries=way.entries(weight, bias, carry=self.carry, rng=rng), rounds=self.rounds)
         weight, bias = self.craft(images.flatten(1), neurons=self.neurons, rng=rng)
         prefix = f"{_host(task.build())}.crafted".lstrip(".")
         entries = {f"{prefix}.neurons.weight": weight, f"{prefix}.neurons.bias": bias}
         if self.connection == "linear":
             size = math.prod(task.shape)
-            entries[f"{prefix}.back.weight"] = torch.full((size, self.neurons), 1 / self.neurons)
+            entries[f"{prefix}.back.weight"] = torch.full((size, self.neurons), self.carry / self.neurons)
             entries[f"{prefix}.back.bias"] = torch.zeros(size)
         return CraftedTrap(entries=entries, rounds=self.rounds)
 

@@ -93,10 +93,10 @@ class Passage:
                 times[channel.source] += 1
         return total / times
 
-    def entries(self, weight: Tensor, bias: Tensor, *, rng: torch.Generator) -> dict[str, Tensor]:
+    def entries(self, weight: Tensor, bias: Tensor, *, carry: float = 1.0, rng: torch.Generator) -> dict[str, Tensor]:
         """The entries of the state for a dense layer ``(K, P)`` over :meth:`features`.
 
-        The layer after it weighs all neurons alike, so that an image sends the same to each neuron it fires.
+        The layer after it weighs all neurons alike, in proportion to ``carry``, so that an image sends the same to each it fires.
         """
         model = self.task.build()
         dense, after = model.get_submodule(self.layer), model.get_submodule(self.after)
@@ -111,7 +111,7 @@ class Passage:
             **self.kernels,
             f"{self.layer}.weight": full.detach(),
             f"{self.layer}.bias": bias,
-            f"{self.after}.weight": (onward[:, None] / self.neurons).repeat(1, self.neurons),
+            f"{self.after}.weight": (carry * onward[:, None] / self.neurons).repeat(1, self.neurons),
         }
 
     def sent(self, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:

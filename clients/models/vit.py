@@ -49,7 +49,11 @@ class ViT(Model):
             raise ValueError(f"hidden = {self.hidden} is no multiple of heads = {self.heads}")
 
     def build(self, shape: tuple[int, ...], classes: int) -> nn.Module:
-        """As :meth:`flpriv.model.Model.build`; keys as in MONAI's ``ViT``."""
+        """As :meth:`flpriv.model.Model.build`; keys as in MONAI's ``ViT``.
+
+        Raises:
+            ScenarioError: for another shape, or a side that is no multiple of a patch.
+        """
         spatial_dims(shape, model=self.name, at_least=self.patch)
         if any(side % self.patch for side in shape[1:]):
             raise ScenarioError(

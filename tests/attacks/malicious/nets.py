@@ -43,11 +43,11 @@ class Pooled(nn.Module):
 def blocked(*, what: str, side: int = 16) -> nn.Module:
     """Two dense layers behind something that keeps the image from them, or between which no ReLU stands."""
     size, middle = side**2, nn.ReLU() if what != "sigmoid" else nn.Sigmoid()
-    before: list[nn.Module] = {
+    options: dict[str, list[nn.Module]] = {
         "norm": [nn.Conv2d(1, 1, 3, padding=1), nn.BatchNorm2d(1)],
         "tanh": [nn.Conv2d(1, 1, 3, padding=1), nn.Tanh(), nn.Hardshrink(0.7)],
         "sigmoid": [],
         "average": [nn.Conv2d(1, size, 3, padding=1), nn.AdaptiveAvgPool2d(1)],
         "mirror": [nn.Conv2d(1, 1, 3, padding=1, padding_mode="circular")],
-    }[what]
-    return nn.Sequential(*before, nn.Flatten(), nn.Linear(size, 64), middle, nn.Linear(64, 2))
+    }
+    return nn.Sequential(*options[what], nn.Flatten(), nn.Linear(size, 64), middle, nn.Linear(64, 2))

@@ -101,6 +101,7 @@ def test_through_pooling_a_coarser_image_comes_back(federate: Make, smooth: Make
         smooth(4, shape, seed=3), recipe=BATCH, model=f"{NETS}:Pooled", attack=attack, public=smooth(60, shape, seed=50)
     )
     (claim,) = attack(done.capture)
+    assert isinstance(claim, Reconstruction)
     apart = (done.used.images[:, None] - claim.images[None]).square().flatten(2).mean(2).sqrt()
     assert sorted(apart.argmin(1).tolist()) == list(range(4))
     assert apart.amin(1).max() < 0.12, apart.amin(1)
@@ -209,6 +210,8 @@ def test_equal_seeds_equal_claims_and_the_capture_stays(federate: Make, smooth: 
     attack = TrapWeights(neurons=64)
     one, again = (federate(smooth(8), recipe=BATCH, attack=attack, seed=3).capture for _ in range(2))
     (first,), (second,) = attack(one, seed=1), attack(again, seed=1)
+    assert isinstance(first, Reconstruction) and isinstance(second, Reconstruction)
+    assert first.confidence is not None and second.confidence is not None
     assert torch.equal(first.images, second.images) and torch.equal(first.confidence, second.confidence)
     assert all(torch.equal(value, again.observations[0].sent[key]) for key, value in one.observations[0].sent.items())
     assert all(torch.equal(value, again.observations[0].returned[key]) for key, value in one.observations[0].returned.items())
@@ -228,3 +231,25 @@ def test_real_xrays_come_back(federate: Make, xrays: Any, psnr: Make, attack: Cr
         done = federate(records, recipe=BATCH, attack=attack, public=xrays.public, seed=batch, **chosen)
         found.append(shares(done.capture, done.used.images, attack, psnr))
     assert sum(found) / 3 >= 0.85
+
+
+@pytest.mark.parametrize("placement", ["inserted", "parameters"])
+def test_carry_lifts_the_update_over_noise(federate: Make, smooth: Make, psnr: Make, placement: Any) -> None:
+    """Noise that hides all images at a carry of 1 hides few of them at 1000."""
+    shown = {}
+    for carry in (1.0, 1000.0):
+        attack = QBI(neurons=128, batch=6, placement=placement, carry=carry)
+        done = federate(
+            smooth(6, seed=2),
+            recipe=BATCH,
+            attack=attack,
+            public=smooth(60, seed=50),
+            model="flpriv.testing:dense_net",
+            options={"inputs": 256, "classes": 2},
+        )
+        (seen,) = done.capture.observations
+        rng = torch.Generator().manual_seed(0)
+        noisy = {key: value + 1e-5 * torch.randn(value.shape, generator=rng) for key, value in seen.returned.items()}
+        capture = replace(done.capture, observations=(replace(seen, returned=noisy),))
+        shown[carry] = shares(capture, done.used.images, attack, psnr)
+    assert shown[1.0] <= 1 / 6 < 4 / 6 <= shown[1000.0]

@@ -36,8 +36,8 @@ def read(of: Rows, *, most: int | None = None) -> Found:
 
 def errors(found: Found, batch: Tensor) -> Tensor:
     """Root mean square error of each image's nearest reconstruction."""
-    nearest: Tensor = torch.cdist(batch, found.images).amin(1)
-    return nearest / PIXELS**0.5
+    nearest: Tensor = torch.cdist(batch, found.images).amin(1).div(PIXELS**0.5)
+    return nearest
 
 
 def pattern(*fired: str) -> Tensor:
