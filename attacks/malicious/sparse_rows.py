@@ -123,9 +123,10 @@ class _Search:
         able = torch.nonzero(self._able()).flatten()
         if not len(able):
             return False
-        alone = self._alone(able)
+        seen = self.left[:, self.looked]
+        alone = self._alone(able, seen)
         first = (alone.sum(1) / (1 + 20 * self.excess[able])).argsort(descending=True)[:_JUDGED]
-        scores = [self._score(int(able[i]), alone[i]) for i in first]
+        scores = [self._score(int(able[i]), alone[i], seen) for i in first]
         score, best = max(zip(scores, first.tolist(), strict=True))
         if score < _LEAST:
             return False
@@ -271,9 +272,9 @@ class _Search:
         excess = (raw - image).square().mean(1).sqrt()
         self.excess[places] = torch.where(own & (image.std(1, correction=0) > 1e-2), excess, torch.inf)
 
-    def _alone(self, able: Tensor) -> Tensor:
+    def _alone(self, able: Tensor, seen: Tensor) -> Tensor:
         """``(candidates, K)``: which of the rows a candidate fires hold it alone, as its own does."""
-        seen, numbers = self.left[:, self.looked], self.left_bias
+        numbers = self.left_bias
         sizes = numbers[able].abs() * self.candidate[able][:, self.looked].square().mean(1).sqrt()
         alone: Tensor = torch.cdist(seen[able], seen) < _SAME * len(self.looked) ** 0.5 * sizes[:, None]
         alone &= (numbers[None] - numbers[able, None]).abs() < _SAME * numbers[able, None].abs()
@@ -281,14 +282,14 @@ class _Search:
         alone[range(len(able)), able] = True
         return alone
 
-    def _score(self, place: int, alone: Tensor) -> float:
+    def _score(self, place: int, alone: Tensor, seen: Tensor) -> float:
         """How well the rows that a candidate fires bear it out: how many hold it alone, and what is left of the others."""
         others = torch.nonzero(self.fires[place] & ~alone).flatten()
         if len(others) > _OTHERS:
             others = others[torch.randperm(len(others), generator=self.rng)[:_OTHERS]]
         number, excess = self.left_bias[place], float(self.excess[place])
         bias = self.left_bias[others] - number
-        raw = (self.left[others][:, self.looked] - number * self.candidate[place, self.looked]) / bias[:, None]
+        raw = (seen[others] - number * self.candidate[place, self.looked]) / bias[:, None]
         beyond = (raw - raw.clamp(0, 1)).square().mean(1).sqrt()
         good = self.open[others] & (beyond < excess + _SLACK)
         count = int(alone.sum())
