@@ -143,13 +143,15 @@ def attacked(attack: CraftedLayerAttack, setting: Setting, *, batches: int, defe
 def trained(
     attack: CraftedLayerAttack, task: Task, own: Records, *, public: Records, node: int, defense: Defense | None
 ) -> Observation | None:
-    """A site's reply to the trap, or ``None`` where it refuses."""
+    """The reply to the trap of a site that holds all private images, or ``None`` where it refuses."""
     honest = task.build().state_dict()
     trap = attack.trap(task, public=public, rng=torch.Generator().manual_seed(node))
     armed = trap.arm(honest, round=1, node=node, nodes=(node,))
     assert armed is not None
     sent = {key: value.clone() for key, value in armed.items()}
-    local = Local(site="site", round=1, rng=torch.Generator().manual_seed(node), task=task, records=lambda: own)
+    local = Local(
+        site="site", round=1, rng=torch.Generator().manual_seed(node), task=task, records=lambda: images(task.shape[-1])[0]
+    )
     if defense is not None and defense.inspect(sent, local=local) is not None:
         return None
     recipe = LocalRecipe(lr=0.1, steps=1, batch_size=len(own), train_mode=False)
