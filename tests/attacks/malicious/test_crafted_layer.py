@@ -3,6 +3,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -22,7 +23,7 @@ from flpriv.testing import blindfold, withhold
 from flpriv.threat import Can
 
 Make = Callable[..., Any]
-NETS = "tests.attacks.malicious.nets"
+NETS = Path(__file__).with_name("nets.py")
 BATCH = LocalRecipe(lr=0.05, batch_size=8, steps=1)
 
 

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,7 +13,7 @@ from flpriv.errors import FlprivError
 from flpriv.task import Task
 
 Make = Callable[..., Any]
-NETS = "tests.attacks.malicious.nets"
+NETS = Path(__file__).with_name("nets.py")
 
 
 def task(
@@ -63,7 +64,7 @@ def test_all_pixels_reach_the_layer_and_come_back(
 @pytest.mark.parametrize("model", ["flpriv.testing:dense_net", f"{NETS}:strided"])
 def test_the_layer_computes_what_it_was_given_for(smooth: Make, model: str, normalised: tuple[float, float]) -> None:
     mean, std = normalised
-    known = task(model, options={"inputs": 256, "classes": 2} if "dense" in model else {}, mean=mean, std=std)
+    known = task(model, options={"inputs": 256, "classes": 2} if model.endswith("dense_net") else {}, mean=mean, std=std)
     way = passage(known, who="test")
     rng = torch.Generator().manual_seed(0)
     images = smooth(5).images
