@@ -6,7 +6,6 @@ import math
 from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import Annotated, Literal
 
 import torch
@@ -18,6 +17,7 @@ from flpriv.attack import Attack, Trap
 from flpriv.attacks.inversion.first_layer import descent
 from flpriv.attacks.inversion.unroll import batches
 from flpriv.attacks.malicious.imprint import smooth_noise
+from flpriv.attacks.malicious.insertion import host, insert
 from flpriv.attacks.malicious.passage import Passage, passage
 from flpriv.attacks.malicious.sparse_rows import Rows, images_in
 from flpriv.capture import Capture, Observation
@@ -113,10 +113,8 @@ class CraftedLayerAttack(Attack):
     def architecture(self, model: nn.Module, task: Task) -> nn.Module:
         """``model``, with the block registered as ``crafted`` and run on its input where one is inserted."""
         if self.placement == "inserted":
-            host = _host(model)
             block = Block(task.shape, neurons=self.neurons, connection=self.connection, carry=self.carry)
-            model.get_submodule(host).add_module("crafted", block)
-            model.register_forward_pre_hook(partial(_through, name=f"{host}.crafted".lstrip(".")), prepend=True)
+            return insert(model, block, name="crafted")
         return model
 
     def trap(self, task: Task, *, public: Records | None, rng: torch.Generator) -> CraftedTrap:
@@ -131,7 +129,7 @@ class CraftedLayerAttack(Attack):
             weight, bias = self.craft(way.features(images), neurons=way.neurons, rng=rng)
             return CraftedTrap(entries=way.entries(weight, bias, carry=self.carry, rng=rng), rounds=self.rounds)
         weight, bias = self.craft(images.flatten(1), neurons=self.neurons, rng=rng)
-        prefix = f"{_host(task.build())}.crafted".lstrip(".")
+        prefix = f"{host(task.build())}.crafted".lstrip(".")
         entries = {f"{prefix}.neurons.weight": weight, f"{prefix}.neurons.bias": bias}
         if self.connection == "linear":
             size = math.prod(task.shape)
@@ -174,19 +172,6 @@ def _most(seen: Observation) -> int | None:
     each = 1 + max(max(batch) for batch in batches(seen.local, examples=seen.examples if seen.node is not None else None))
     used = each if seen.node is not None else each * max(1, len(seen.nodes))
     return min(used, seen.examples or used)
-
-
-def _host(model: nn.Module) -> str:
-    """The name of the module that takes the block in: the root, or within it the first that is no sequence of layers."""
-    name, host = "", model
-    while isinstance(host, nn.Sequential):
-        child, host = next(host.named_children())
-        name = f"{name}.{child}".lstrip(".")
-    return name
-
-
-def _through(model: nn.Module, args: tuple[Tensor, ...], *, name: str) -> tuple[Tensor, ...]:
-    return model.get_submodule(name)(args[0]), *args[1:]
 
 
 def _key(sent: State, way: Passage | None) -> str | None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Annotated, ClassVar
 
 import torch
@@ -17,6 +16,7 @@ from flpriv.attack import Attack, Trap
 from flpriv.attacks.inversion.unroll import batches
 from flpriv.attacks.malicious.falling_bins import Cells, waves
 from flpriv.attacks.malicious.imprint import quantile_edges, smooth_noise
+from flpriv.attacks.malicious.insertion import host, insert
 from flpriv.capture import Capture, Observation
 from flpriv.claim import Goal, Reconstruction
 from flpriv.errors import FlprivError
@@ -106,7 +106,7 @@ class Loki(Attack):
 
     In a sum over nodes the columns of a dense layer's gradient that belong to one node's inputs hold that node's images alone, so
     summing up hides nobody; an input that is constant gives each node its own slopes, exactly. Within a node, images are told
-    apart by bins as in ``imprint``, along several directions at once (:mod:`.falling_bins`). Single replies are read in the same way.
+    apart by bins as in ``imprint``, along several directions at once (:mod:`.falling_bins`). Single replies are read alike.
     The block has ``bins * clients * (pixels + 1)`` weights: 12.6 million, 50 MB, for 256 bins, 12 clients and 64x64 pixels. For
     sites that train by SGD; the fewer local steps, the sharper.
 
@@ -140,10 +140,7 @@ class Loki(Attack):
 
     def architecture(self, model: nn.Module, task: Task) -> nn.Module:
         """``model`` with the block registered as ``loki`` and run on its input; the honest keys stay as they are."""
-        host = _host(model)
-        model.get_submodule(host).add_module("loki", Block(task.shape, bins=self._each * self.directions, clients=self.clients))
-        model.register_forward_pre_hook(partial(_through, name=f"{host}.loki".lstrip(".")), prepend=True)
-        return model
+        return insert(model, Block(task.shape, bins=self._each * self.directions, clients=self.clients), name="loki")
 
     def trap(self, task: Task, *, public: Records | None, rng: torch.Generator) -> BlockTrap:
         """The block's weights: the same direction for all neurons and groups, edges as images like ``public`` lie."""
@@ -158,7 +155,7 @@ class Loki(Attack):
         weight[:, : self.clients * pixels] = rows.repeat(1, self.clients)
         weight[:, self.clients * pixels :] = (-self.gain * edges / level).float()[:, None]
         return BlockTrap(
-            prefix=f"{_host(task.build())}.loki".lstrip("."),
+            prefix=f"{host(task.build())}.loki".lstrip("."),
             weight=weight,
             level=level,
             channels=task.shape[0],
@@ -206,19 +203,6 @@ def _images_and_decay(seen: Observation) -> tuple[int | None, float]:
     decay = seen.local.lr * seen.local.weight_decay if seen.local.optimizer == "sgd" else 0.0
     most = seen.examples if seen.node is None and not seen.local.steps else 1 + max(max(batch) for batch in steps)
     return most, (1 - decay) ** len(steps)
-
-
-def _host(model: nn.Module) -> str:
-    """The name of the module that takes the block in: the root, or within it the first that is no sequence of layers."""
-    name, host = "", model
-    while isinstance(host, nn.Sequential):
-        child, host = next(host.named_children())
-        name = f"{name}.{child}".lstrip(".")
-    return name
-
-
-def _through(model: nn.Module, args: tuple[Tensor, ...], *, name: str) -> tuple[Tensor, ...]:
-    return model.get_submodule(name)(args[0]), *args[1:]
 
 
 def _key(sent: State) -> str | None:
