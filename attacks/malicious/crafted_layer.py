@@ -19,7 +19,7 @@ from flpriv.attacks.inversion.unroll import batches
 from flpriv.attacks.malicious.imprint import smooth_noise
 from flpriv.attacks.malicious.insertion import host, insert
 from flpriv.attacks.malicious.passage import Passage, passage
-from flpriv.attacks.malicious.sparse_rows import Rows, images_in
+from flpriv.attacks.malicious.sparse_rows import Rows, images_in, one_a_row
 from flpriv.capture import Capture, Observation
 from flpriv.claim import Reconstruction
 from flpriv.errors import FlprivError
@@ -97,6 +97,8 @@ class CraftedLayerAttack(Attack):
             clipped; it disturbs the model as much as larger weights do, and larger steps of several upset the layer.
         batch: number of images behind a reply (or a sum) that the layer is tuned for, ≥ 2.
         rounds: when it is sent; none named means every round.
+        read: ``"jointly"`` takes each image found off all neurons it fires, and so finds others behind it; ``"singly"`` divides
+            each neuron's weights by its bias, as published, and offers all that comes of it.
     """
 
     neurons: Annotated[int, Field(ge=1)] = 512
@@ -105,6 +107,7 @@ class CraftedLayerAttack(Attack):
     carry: Annotated[float, Field(gt=0)] = 1.0
     batch: Annotated[int, Field(ge=2)] = 16
     rounds: tuple[int, ...] = (1,)
+    read: Literal["jointly", "singly"] = "jointly"
 
     @abstractmethod
     def craft(self, images: Tensor, *, neurons: int, rng: torch.Generator) -> Crafted:
@@ -147,15 +150,17 @@ class CraftedLayerAttack(Attack):
         seen = [(o, key) for o in capture.observations if o.trap and (key := _key(o.sent, way)) is not None]
         if not seen:
             raise FlprivError(f"{self.name}: no reply to the crafted layer was captured; every site refused it or stayed away")
-        return [_read(observation, key, capture.task, way, rng) for observation, key in track(seen, self.name)]
+        jointly = self.read == "jointly"
+        return [_read(observation, key, capture.task, way, rng, jointly) for observation, key in track(seen, self.name)]
 
 
-def _read(seen: Observation, key: str, task: Task, way: Passage | None, rng: torch.Generator) -> Reconstruction:
+def _read(seen: Observation, key: str, task: Task, way: Passage | None, rng: torch.Generator, jointly: bool) -> Reconstruction:
     names = (f"{key}.weight", f"{key}.bias")
     moved = descent(seen if seen.node is not None else _share(seen), names)
     sent, lost = (seen.sent[names[0]], seen.sent[names[1]]), (moved[names[0]], moved[names[1]])
-    rows = Rows.of(*sent, *lost) if way is None else Rows.of(*way.sent(*sent), *way.lost(*lost))
-    found = images_in(rows, most=_most(seen), rng=rng)
+    if way is not None:
+        sent, lost = way.sent(*sent), way.lost(*lost)
+    found = images_in(Rows.of(*sent, *lost), most=_most(seen), rng=rng) if jointly else one_a_row(*lost)
     images = found.images.view(-1, *task.shape) if way is None else way.images(found.images)
     return Reconstruction(images=images.clamp(0, 1).float(), round=seen.round, node=seen.node, confidence=found.confidence)
 

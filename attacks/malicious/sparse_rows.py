@@ -104,6 +104,18 @@ def images_in(rows: Rows, *, most: int | None, rng: torch.Generator) -> Found:
     return search.found(most)
 
 
+def one_a_row(moved: Tensor, moved_bias: Tensor) -> Found:
+    """Each row that moved over its bias, as the published attacks read a layer; all are believed alike.
+
+    Args:
+        moved: ``(K, P)`` what the weights lost.
+        moved_bias: ``(K,)`` what the biases lost.
+    """
+    fired = moved_bias != 0
+    images = (moved[fired] / moved_bias[fired, None]).clamp(0, 1)
+    return Found(images=images, confidence=torch.ones(len(images), dtype=torch.float64))
+
+
 class _Search:
     """What is left of each row after the images found so far, and the candidate that each row holds."""
 

@@ -146,7 +146,7 @@ def study() -> None:
     )
     for name, source, nodes, modality in cases:
         for bins in (128, 500):
-            published = create("attacks", "trap-weights", {"variant": "mic-dkfz", "neurons": bins})
+            published = create("attacks", "trap-weights", {"variant": "mic-dkfz", "neurons": bins, "read": "singly"})
             for attack in (published, Imprint(bins=bins), CrossedImprint(bins=bins)):
                 case = armed(
                     *source,

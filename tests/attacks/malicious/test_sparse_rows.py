@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from flpriv.attacks.malicious.sparse_rows import Found, Rows, images_in
+from flpriv.attacks.malicious.sparse_rows import Found, Rows, images_in, one_a_row
 
 Make = Callable[..., Any]
 PIXELS = 400
@@ -106,3 +106,11 @@ def test_equal_draws_equal_images() -> None:
     moved = rows(images(6), [1e-3] * 6, torch.rand(40, 6, generator=torch.Generator().manual_seed(2)) < 0.4)
     one, again = read(moved), read(moved)
     assert torch.equal(one.images, again.images) and torch.equal(one.confidence, again.confidence)
+
+
+def test_read_singly_a_row_of_one_image_is_that_image_and_others_are_means() -> None:
+    batch = images(3)
+    moved = torch.stack([2 * batch[0], batch[1] - 0.5 * batch[2], torch.zeros(PIXELS, dtype=torch.float64)])
+    found = one_a_row(moved, torch.tensor([2.0, 0.5, 0.0], dtype=torch.float64))
+    assert found.images.shape == (2, PIXELS) and found.confidence.tolist() == [1, 1]
+    assert torch.allclose(found.images, torch.stack([batch[0], (2 * batch[1] - batch[2]).clamp(0, 1)]))
