@@ -50,17 +50,17 @@ class Where:
     upper: Tensor
     sides: tuple[range, ...]
 
-    def misfit(self, told: Tensor, cells: Sequence[Cells]) -> Tensor:
+    def misfit(self, told: Tensor, cells: Sequence[Cells] | Tensor) -> Tensor:
         """``(N,)`` how far images with moments ``told`` lie outside their cells, in widths; at most 1 for each cell."""
-        if not cells:
+        if not len(cells):
             return torch.zeros(0, dtype=told.dtype)
         found, lower, upper = self.along(told, cells)
         outside = torch.maximum(lower - found, found - upper).clamp_min(0) / (upper - lower)
         return outside.nan_to_num(1.0).clamp_max(1).sum(1)
 
-    def along(self, told: Tensor, cells: Sequence[Cells]) -> tuple[Tensor, Tensor, Tensor]:
+    def along(self, told: Tensor, cells: Sequence[Cells] | Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """``(N, n)`` each: where images with moments ``told`` lie along the direction of each of their cells, and its edges."""
-        rows = torch.tensor(cells)
+        rows = torch.as_tensor(cells)
         side = torch.zeros_like(rows)
         for place, own in enumerate(self.sides):
             side[(rows >= own.start) & (rows < own.stop)] = place
@@ -219,18 +219,15 @@ def _knot(found: Sequence[Cells], made: Tensor, where: Where) -> list[Item]:
     spare = [column for column in range(len(found)) if column not in set(chosen)]
     within = (coordinates @ pattern[:, spare]).round(decimals=6)
     told = where.moments(shares) if spare else shares
+    places = torch.tensor(found)
     while spare:
-        misfit = where.misfit(told, [found[i] for i in chosen])
-        best: tuple[float, int, int] = (-0.5, -1, -1)
-        for new in range(len(spare)):
-            for old in (within[:, new].abs() > 1e-3).nonzero().flatten().tolist():
-                moved = _exchange(told, within[:, new], old)
-                touched = within[:, new] != 0
-                names = [found[spare[new]] if row == old else found[chosen[row]] for row in touched.nonzero().flatten().tolist()]
-                change = float(where.misfit(moved[touched], names).sum() - misfit[touched].sum())
-                best = min(best, (change, new, old))
-        change, new, old = best
-        if new < 0:
+        misfit = where.misfit(told, places[chosen])
+        gains = [
+            _best_exchange(told, misfit, within[:, new], places[chosen], places[one], where) for new, one in enumerate(spare)
+        ]
+        new = min(range(len(spare)), key=lambda place: gains[place][0])
+        gain, old = gains[new]
+        if gain > -0.5:
             break
         along = within[:, new].clone()
         told, shares = _exchange(told, along, old), _exchange(shares, along, old)
@@ -240,6 +237,30 @@ def _knot(found: Sequence[Cells], made: Tensor, where: Where) -> list[Item]:
         within = _exchange(within, along, old).round(decimals=6)
         chosen[old], spare[new] = spare[new], chosen[old]
     return [_item(found[column], shares[row]) for row, column in enumerate(chosen)]
+
+
+def _best_exchange(told: Tensor, misfit: Tensor, along: Tensor, chosen: Tensor, new: Tensor, where: Where) -> tuple[float, int]:
+    """By how much the misfit of all falls, and whose place the combination ``new`` then takes, at best.
+
+    Args:
+        told: ``(N, m)`` moments of the chosen.
+        misfit: ``(N,)`` of the chosen.
+        along: ``(N,)`` coordinates of the new one among them.
+        chosen: ``(N, sides)`` their cells.
+        new: ``(sides,)`` its cells.
+        where: where images must lie.
+    """
+    rows = (along.abs() > 1e-3).nonzero().flatten()
+    if not len(rows):
+        return 0.0, 0
+    own = told[rows] / along[rows, None]
+    moved = told[rows] - along[rows, None] * own[:, None]
+    cells = chosen[rows].repeat(len(rows), 1, 1)
+    each = torch.arange(len(rows))
+    moved[each, each], cells[each, each] = own, new
+    after = where.misfit(moved.flatten(0, 1), cells.flatten(0, 1)).view(len(rows), -1).sum(1)
+    best = int(after.argmin())
+    return float(after[best] - misfit[rows].sum()), int(rows[best])
 
 
 def _exchange(values: Tensor, along: Tensor, old: int) -> Tensor:

@@ -32,7 +32,8 @@ class Block(nn.Module):
 
     A neuron's answer rises from 0 to ``gain`` over its bin and stays there, so that its gradient is that of the images in the
     bin. What sorts images is fixed (buffers); the weights that learn start at zero, so that an update keeps all its digits and
-    more local steps hardly move images from bin to bin.
+    more local steps hardly move images from bin to bin. Images that lie outside a window along one more direction are not
+    answered to at all.
 
     Args:
         shape: of one image.
@@ -44,6 +45,8 @@ class Block(nn.Module):
     """
 
     towards: Tensor
+    gate: Tensor
+    window: Tensor
     lower: Tensor
     upper: Tensor
 
@@ -52,6 +55,8 @@ class Block(nn.Module):
         neurons = directions * bins + clients
         self.bins = nn.Linear(math.prod(shape), neurons)
         self.register_buffer("towards", torch.zeros(directions, math.prod(shape)))
+        self.register_buffer("gate", torch.zeros(math.prod(shape)))
+        self.register_buffer("window", torch.tensor([-_FAR, _FAR]))
         self.register_buffer("lower", torch.zeros(neurons))
         self.register_buffer("upper", torch.ones(neurons))
         self._along = [*torch.arange(directions).repeat_interleave(bins).tolist(), *[0] * clients]
@@ -62,6 +67,9 @@ class Block(nn.Module):
         flat = images.flatten(1)
         place = (flat @ self.towards.T)[:, self._along]
         sorted_in = self._gain * (place - self.lower) / (self.upper - self.lower)
+        past = flat @ self.gate
+        outside = (self.window[0] - past).relu() + (past - self.window[1]).relu()
+        sorted_in = sorted_in - _SHUT * self._gain * outside[:, None]
         answer: Tensor = (sorted_in + self.bins(flat)).clamp(0, self._gain).mean(1) * (self._strength / self._gain)
         return images + answer.view(-1, *[1] * (images.dim() - 1))
 
@@ -95,9 +103,9 @@ class CrossedTrap(Trap):
             return None
         if clients and len(nodes) > clients:
             raise FlprivError(f"crossed-imprint: {len(nodes)} nodes, clients = {clients} tells too few apart")
-        when = round if self.attack.before else 0
+        when = round if self.attack.before or self.attack.share < 1 else 0
         if when not in self.filled:
-            self.filled[when] = self._fill(honest)
+            self.filled[when] = self._fill(honest, round)
         entries = dict(self.filled[when])
         if clients:
             for edge, value in (("lower", -_FAR), ("upper", _FAR)):
@@ -106,18 +114,22 @@ class CrossedTrap(Trap):
                 entries[key][len(entries[key]) - clients + list(nodes).index(node)] = value
         return {**honest, **entries}
 
-    def _fill(self, honest: State) -> State:
-        """Directions along which what reaches the block differs most, edges where it is equally likely between."""
+    def _fill(self, honest: State, round: int) -> State:
+        """Directions along which what reaches the block differs most, edges where it is equally likely between.
+
+        Where a share is caught, rounds take turns among the windows along one more direction.
+        """
         attack, rng, model = self.attack, torch.Generator().manual_seed(self.seed), self.task.build().eval()
         seen = self.images
         if attack.before:
             model.load_state_dict(dict(honest))
             with torch.inference_mode():
                 seen = received(model, seen, attack.before)
-        towards = principal_directions(seen, count=attack.directions)
+        *towards, gate = principal_directions(seen, count=attack.directions + 1)
+        seen, window = self._caught(seen.flatten(1), gate, round)
         per = attack.bins // attack.directions
         lower, upper = [], []
-        for along in (seen.flatten(1) @ towards.T).double().T:
+        for along in (seen @ torch.stack(towards).T).double().T:
             edges = quantile_edges(along, bins=per, rng=rng)
             edges[0] -= _WIDE * along.std()
             lower.append(edges)
@@ -126,14 +138,28 @@ class CrossedTrap(Trap):
         place = f"{host(model, attack.before)}.crossed".lstrip(".")
         neurons = attack.directions * per + attack.clients
         return {
-            f"{place}.towards": towards,
+            f"{place}.towards": torch.stack(towards),
+            f"{place}.gate": gate,
+            f"{place}.window": window,
             f"{place}.lower": torch.cat([*lower, aside]).float(),
             f"{place}.upper": torch.cat([*upper, 2 * aside]).float(),
-            f"{place}.bins.weight": torch.zeros(neurons, seen[0].numel()),
+            f"{place}.bins.weight": torch.zeros(neurons, seen.shape[1]),
             f"{place}.bins.bias": torch.zeros(neurons),
         }
 
+    def _caught(self, seen: Tensor, gate: Tensor, round: int) -> tuple[Tensor, Tensor]:
+        """Those of ``seen`` ``(N, P)`` that the round catches, and its window ``(2,)`` along ``gate``."""
+        windows = math.ceil(1 / self.attack.share)
+        turn = (self.attack.rounds.index(round) if self.attack.rounds else round - 1) % windows
+        past = seen @ gate
+        low = torch.quantile(past, turn * self.attack.share) if turn else past.new_tensor(-_FAR)
+        high = torch.quantile(past, (turn + 1) * self.attack.share) if turn + 1 < windows else past.new_tensor(_FAR)
+        inside = (past >= low) & (past <= high)
+        return seen[inside] if int(inside.sum()) > 4 else seen, torch.stack([low, high])
 
+
+_SHUT = 1e6
+"""How fast a neuron's answer falls outside the window."""
 _WIDE = 100.0
 """How far the outermost bins reach, in standard deviations: images may be unlike the public ones."""
 _FAR = 1e4
@@ -158,6 +184,8 @@ class CrossedImprint(Attack):
         strength: highest brightness that the block adds to an image, > 0; what the model sees of the block.
         gain: scale of the neurons, > 0; smaller ones make larger updates, larger ones bear more and longer local steps.
         rounds: when the block is sent; none named means every round.
+        share: of the images that are sorted at all, in (0, 1]; where there are too many for the neurons, each round catches as
+            many more of them.
         before: name of the layer the block is put before, empty for the whole model. Deeper, what the layer receives comes back,
             and images that give it are searched for; batch statistics before it must not be those of the batch.
         iterations: evaluations of that search for each image, at most.
@@ -177,6 +205,7 @@ class CrossedImprint(Attack):
     strength: Annotated[float, Field(gt=0)] = 0.1
     gain: Annotated[float, Field(gt=0)] = 1.0
     rounds: tuple[int, ...] = (1,)
+    share: Annotated[float, Field(gt=0, le=1)] = 1.0
     before: str = ""
     iterations: Annotated[int, Field(ge=1)] = 500
 
@@ -197,7 +226,8 @@ class CrossedImprint(Attack):
 
     def trap(self, task: Task, *, public: Records | None, rng: torch.Generator) -> CrossedTrap:
         """The block, filled by public images, or by smooth random ones, when it is sent."""
-        images = public.images if public is not None and len(public) > self.directions else smooth_noise(256, task.shape, rng=rng)
+        granted = public is not None and len(public) > self.directions + 1
+        images = public.images if public is not None and granted else smooth_noise(256, task.shape, rng=rng)
         return CrossedTrap(attack=self, task=task, images=images, seed=int(torch.randint(2**31, (1,), generator=rng)))
 
     def run(self, capture: Capture, *, rng: torch.Generator) -> Sequence[Reconstruction]:

@@ -22,7 +22,7 @@ class Read:
 
     Args:
         images: ``(N, P)`` float32.
-        confidence: ``(N,)`` float64 in (0, 1]; 1 for an image that lies in the box and in its own bins.
+        confidence: ``(N,)`` float64 in (0, 1]; 1 for an image that lies in the box and in its own bins of all directions.
         owner: ``(N,)`` which client's neuron tells of each, 0 where clients are not told apart.
         method: how they were found, in words.
     """
@@ -116,7 +116,11 @@ class CrossedLayer:
         scale = factor / told[:, 0]
         raw = (parts @ contents[: len(where.lower), :-1]) * scale[:, None]
         excess = (raw - raw.clamp(0, 1)).square().mean(1).sqrt() * pixels
-        confidence = (1 / (1 + where.misfit(told, cells) + 20 * excess)).nan_to_num(0.0)
+        borne_out = torch.tensor(
+            [max(len(item.cells), len(item.parts)) / len(where.sides) for item in items], dtype=torch.float64
+        )
+        confidence = borne_out.clamp_max(1) / (1 + where.misfit(told, cells) + 20 * excess)
+        confidence = confidence.nan_to_num(0.0)
         fit = raw.isfinite().all(1) & ((raw.clamp(0, 1) if pixels else raw).std(1, correction=0) > (1e-2 if pixels else 0))
         order = [row for row in confidence.argsort(descending=True, stable=True).tolist() if fit[row]][:most]
         return _Guess(items=items, scale=scale, confidence=confidence, order=order)

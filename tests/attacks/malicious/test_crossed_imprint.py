@@ -85,6 +85,23 @@ def test_directions_and_side_knowledge(federate: Make, smooth: Make, psnr: Make,
     assert share == 1 if directions > 1 and public else share >= 0.5
 
 
+def test_rounds_take_turns_where_there_are_too_many_images(federate: Make, smooth: Make, psnr: Make) -> None:
+    """A third of the images is caught in each round, all of them in three, and those caught come back."""
+    shared = CrossedImprint(bins=90, share=1 / 3, rounds=(1, 2, 3))
+    images, public = smooth(24), smooth(60, seed=9)
+    task = Task(modality="xray", shape=(1, 16, 16), classes=("a", "b"), model="cnn")
+    trap = shared.trap(task, public=public, rng=torch.Generator().manual_seed(0))
+    model, honest, caught = shared.architecture(task.build(), task), task.build().state_dict(), []
+    for round in (1, 2, 3):
+        model.load_state_dict(dict(trap.arm(honest, round=round, node=1, nodes=(1,)) or {}))
+        block = next(module for module in model.modules() if isinstance(module, Block))
+        caught.append((block(images.images) != images.images).flatten(1).any(1))
+    together = torch.stack(caught)
+    assert together.any(0).all() and 24 <= int(together.sum()) <= 26 and int(together.sum(1).max()) <= 14
+    once = federate(images, recipe=BATCH, attack=shared, public=public)
+    assert recovered(once, shared, psnr) == pytest.approx(int(together[0].sum()) / 24)
+
+
 @pytest.mark.parametrize("before", ["conv2", "fc"])
 def test_deeper_in_a_network_features_come_back_and_images_behind_them(
     federate: Make, smooth: Make, psnr: Make, before: str
