@@ -31,7 +31,7 @@ class Block(nn.Module):
     """``(N, *shape)`` to the same shape: adds to every pixel the mean of neurons each of which answers to one bin alone.
 
     A neuron's answer rises from 0 to ``gain`` over its bin and stays there, so that its gradient is that of the images in the
-    bin. What sorts images is fixed (buffers); the weights that learn start at zero, so that an update keeps all its digits and
+    bin. What sorts images does not learn; the weights that do start at zero, so that an update keeps all its digits and
     more local steps hardly move images from bin to bin. Images that lie outside a window along one more direction are not
     answered to at all.
 
@@ -44,21 +44,14 @@ class Block(nn.Module):
         strength: highest brightness added to an image.
     """
 
-    towards: Tensor
-    gate: Tensor
-    window: Tensor
-    lower: Tensor
-    upper: Tensor
-
     def __init__(self, shape: Sequence[int], *, directions: int, bins: int, clients: int, gain: float, strength: float) -> None:
         super().__init__()
         neurons = directions * bins + clients
         self.bins = nn.Linear(math.prod(shape), neurons)
-        self.register_buffer("towards", torch.zeros(directions, math.prod(shape)))
-        self.register_buffer("gate", torch.zeros(math.prod(shape)))
-        self.register_buffer("window", torch.tensor([-_FAR, _FAR]))
-        self.register_buffer("lower", torch.zeros(neurons))
-        self.register_buffer("upper", torch.ones(neurons))
+        self.towards = _fixed(torch.zeros(directions, math.prod(shape)))
+        self.gate = _fixed(torch.zeros(math.prod(shape)))
+        self.window = _fixed(torch.tensor([-_FAR, _FAR]))
+        self.lower, self.upper = _fixed(torch.zeros(neurons)), _fixed(torch.ones(neurons))
         self._along = [*torch.arange(directions).repeat_interleave(bins).tolist(), *[0] * clients]
         self._gain, self._strength = gain, strength
 
@@ -72,6 +65,11 @@ class Block(nn.Module):
         sorted_in = sorted_in - _SHUT * self._gain * outside[:, None]
         answer: Tensor = (sorted_in + self.bins(flat)).clamp(0, self._gain).mean(1) * (self._strength / self._gain)
         return images + answer.view(-1, *[1] * (images.dim() - 1))
+
+
+def _fixed(value: Tensor) -> nn.Parameter:
+    """A parameter that does not learn: private training refuses modules with buffers of their own."""
+    return nn.Parameter(value, requires_grad=False)
 
 
 @dataclass(frozen=True, kw_only=True)
