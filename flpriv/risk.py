@@ -33,8 +33,13 @@ def judge(finding: Finding) -> Finding:
 
 
 def worst(findings: Sequence[Finding]) -> Finding | None:
-    """The finding with the highest level, ``None`` for no findings."""
-    return max(findings, key=lambda finding: finding.level, default=None)
+    """The finding with the highest level, of several by the same measure the one that measured most; ``None`` for no findings."""
+    first = max(findings, key=lambda finding: finding.level, default=None)
+    if first is None or first.headline is None:
+        return first
+    name = first.headline.name
+    alike = [f for f in findings if f.level == first.level and f.headline is not None and f.headline.name == name]
+    return max(alike, key=lambda finding: (finding.headline and finding.headline.value) or 0.0)
 
 
 def sentence(findings: Sequence[Finding], adversary: str) -> tuple[Level, str]:
