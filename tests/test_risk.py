@@ -87,7 +87,7 @@ def test_the_verdict_names_the_worst_undefended_attack_and_what_stopped_it() -> 
 def test_of_attacks_at_one_level_the_verdict_names_the_one_that_got_most() -> None:
     some, all_of_it = (judge(finding(Goal.RECONSTRUCTION, value, null=0.0)) for value in (0.7, 1.0))
     for order in ([some, all_of_it], [all_of_it, some]):
-        assert "100 %" in sentence(order, "malicious-server")[1]
+        assert "rebuilds 1.00 of" in sentence(order, "malicious-server")[1]
 
 
 def test_no_verdict_from_failed_attacks_alone() -> None:
