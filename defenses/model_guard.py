@@ -20,10 +20,11 @@ from flpriv.state import State, check_finite, check_like, parameters
 class ModelGuard(Defense):
     """Refuse a model received that is not the agreed one, or whose weights are set up as a trap.
 
-    In this order: layers, shapes and types as agreed (where the task is known); no NaN or infinite value; no layer whose rows
-    look alike (imprint blocks: identical rows); none whose rows all sum to one side (trap weights: mostly negative rows); no
-    hidden dense layer most of whose neurons fire for a few single images (where the site's records can be read). Layers of few
-    rows are left out of the last three: the two rows of a two-class head oppose each other in every trained model.
+    In this order: layers, shapes and types as agreed (where the task is known); no NaN or infinite value; no layer without any
+    weight (model inconsistency: sites that are to send nothing); no layer whose rows look alike (imprint blocks: identical
+    rows); none whose rows all sum to one side (trap weights: mostly negative rows); no hidden dense layer most of whose neurons
+    fire for a few single images (where the site's records can be read). Layers of few rows are left out of all but the first
+    two: the two rows of a two-class head oppose each other in every trained model.
 
     It judges what is received, not the software that trains on it: whoever ships the client can leave the guard out.
 
@@ -66,6 +67,8 @@ class ModelGuard(Defense):
 
     def _look(self, weights: dict[str, Tensor], local: Local) -> Iterator[str]:
         for layer, rows in weights.items():
+            if not bool(rows.any()):
+                yield f"all weights of layer {layer!r} are zero: a model that sends no gradient"
             drawn = rows[torch.randperm(len(rows), generator=local.rng)[:_LOOKED_AT]]
             cosine = _cosines(drawn)
             if (alike := float(cosine.median())) > self.similarity:

@@ -121,6 +121,12 @@ def test_an_imprint_in_the_agreed_layers_is_refused() -> None:
     assert "of the rows of layer '1.weight' have a twin" in refusal(some, agreed)
 
 
+def test_a_model_that_sends_no_gradient_is_refused() -> None:
+    agreed = task("cnn")
+    silenced = {key: torch.zeros_like(value) for key, value in agreed.build().state_dict().items()}
+    assert "all weights of layer 'conv1.weight' are zero" in refusal(silenced, agreed)
+
+
 @pytest.mark.parametrize("scale", [0.5, 0.95])
 def test_trap_weights_are_refused(scale: float) -> None:
     rng = torch.Generator().manual_seed(2)
