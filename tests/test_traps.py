@@ -56,7 +56,7 @@ def test_one_victim_in_every_second_round(tmp_path: Path) -> None:
         tmp_path,
         federation={"rounds": 4, "local": {"lr": 0.05, "batch_size": 6, "steps": 2}},
         threat={"model": "malicious-server", "tamper_rounds": [2, 4], "victims": 1},
-        attacks={"crossed-imprint": {"bins": 90, "rounds": []}},
+        attacks={"crossed-imprint": {"bins": 240, "rounds": []}},
     )
     assert recovered(verdict) == 1
     seen = open_capture(tmp_path / "run" / "settings" / "none--crossed-imprint" / "capture").observations

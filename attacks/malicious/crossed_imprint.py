@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from flpriv.attack import Attack, Trap
 from flpriv.attacks.malicious import behind
-from flpriv.attacks.malicious.crossed_readout import CrossedLayer, principal_directions
+from flpriv.attacks.malicious.crossed_readout import CrossedLayer, mixed_directions
 from flpriv.attacks.malicious.deeper import shown
 from flpriv.attacks.malicious.imprint import quantile_edges, smooth_noise
 from flpriv.attacks.malicious.insertion import host, insert, prefix, received
@@ -113,7 +113,7 @@ class CrossedTrap(Trap):
         return {**honest, **entries}
 
     def _fill(self, honest: State, round: int) -> State:
-        """Directions along which what reaches the block differs most, edges where it is equally likely between.
+        """Directions along which what reaches the block differs much, edges where it is equally likely between.
 
         Where a share is caught, rounds take turns among the windows along one more direction.
         """
@@ -123,7 +123,7 @@ class CrossedTrap(Trap):
             model.load_state_dict(dict(honest))
             with torch.inference_mode():
                 seen = received(model, seen, attack.before)
-        *towards, gate = principal_directions(seen, count=attack.directions + 1)
+        *towards, gate = mixed_directions(seen, count=attack.directions + 1, rng=rng)
         seen, window = self._caught(seen.flatten(1), gate, round)
         per = attack.bins // attack.directions
         lower, upper = [], []
@@ -170,9 +170,9 @@ class CrossedImprint(Attack):
 
     Every image falls into one bin of each direction. Which bins hold the same image is told by linear algebra, and images come
     back to the last digits, from one site or a sum over many, from one local step of SGD or several. The published imprint (one
-    direction) loses every image that shares its bin. Directions are the principal components of public images, or of smooth
-    random images where none are granted. Where noise hides which bins belong together, each bin is read by itself; and images
-    must be linearly independent, as those of patients are.
+    direction) loses every image that shares its bin. Directions are mixtures of the principal components of public images, or of
+    smooth random images where none are granted. Where noise hides which bins belong together, each bin is read by itself; and
+    images must be linearly independent, as those of patients are.
 
     Args:
         bins: number of neurons in all, ≥ 3; images up to half that number are told apart, beyond it ever fewer.

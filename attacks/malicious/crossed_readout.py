@@ -111,7 +111,7 @@ class CrossedLayer:
             return _Guess(items=[], scale=torch.zeros(0), confidence=torch.zeros(0, dtype=torch.float64), order=[])
         parts, cells = _parts(items, len(where.lower)), [item.cells for item in items]
         told = self._moments(parts)
-        factor = _factor(*where.along(told, cells))
+        factor = torch.where(where.misfit(told, cells) > 0.1, _factor(*where.along(told, cells)), 1.0)
         told[:, 1:] *= factor[:, None]
         scale = factor / told[:, 0]
         raw = (parts @ contents[: len(where.lower), :-1]) * scale[:, None]
@@ -190,6 +190,17 @@ def _alike(items: Sequence[Item], contents: Tensor, *, alike: float = 4e-3) -> l
         else:
             near.append(row)
     return [replace(items[group[0]], parts={items[row].cells[0]: 1.0 for row in group}) for group in groups]
+
+
+def mixed_directions(images: Tensor, *, count: int, rng: torch.Generator) -> Tensor:
+    """``(count, P)`` float32: uncorrelated mixtures of the principal directions of ``images`` ``(N, *shape)``, deviation 1 each.
+
+    Single ones may part groups of images (patients, devices) rather than images; the more are mixed, the more evenly images lie.
+    """
+    components = principal_directions(images, count=max(count, min(4 * count, len(images) // 12)))
+    mixture = torch.linalg.qr(torch.randn(len(components), count, generator=rng)).Q
+    mixed: Tensor = mixture.T @ components
+    return mixed
 
 
 def principal_directions(images: Tensor, *, count: int) -> Tensor:

@@ -3,7 +3,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from flpriv.attacks.malicious.crossed_readout import CrossedLayer, principal_directions
+from flpriv.attacks.malicious.crossed_readout import CrossedLayer, mixed_directions, principal_directions
 
 PIXELS, PER = 300, 60
 
@@ -68,3 +68,15 @@ def test_principal_directions_are_those_of_the_covariance() -> None:
     seen = (images.flatten(1) - images.flatten(1).mean(0)) @ towards.T
     assert torch.allclose(seen.std(0), torch.ones(2), atol=0.01)
     assert torch.allclose(towards.abs(), torch.eye(4)[:2] / spread[:2, None], atol=0.02)
+
+
+def test_mixed_directions_are_uncorrelated_and_use_many_components() -> None:
+    rng = torch.Generator().manual_seed(0)
+    images = torch.randn(400, 1, 8, 8, generator=rng) * torch.linspace(0.5, 2, 64).view(8, 8)
+    towards = mixed_directions(images, count=3, rng=rng)
+    seen = images.flatten(1) @ towards.T
+    assert torch.allclose(torch.corrcoef(seen.T), torch.eye(3), atol=1e-3)
+    assert torch.allclose(seen.std(0), torch.ones(3), atol=0.01)
+    single = principal_directions(images, count=12)
+    used = (towards @ torch.linalg.pinv(single)).abs() > 0.05
+    assert int(used.any(0).sum()) == 12
