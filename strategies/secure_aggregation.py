@@ -20,7 +20,7 @@ from flwr.serverapp.strategy import Strategy
 from flwr.supercore.run import Run
 from numpy.typing import NDArray
 
-from flpriv.errors import ScenarioError
+from flpriv.errors import RunError, ScenarioError
 from flpriv.secure_aggregation import CONFIGS, MODULUS, Numbers, SecureAggregation, Unmask
 from flpriv.strategies import masks
 from flpriv.strategies.masks import Masked
@@ -166,11 +166,11 @@ class SecureGrid(Grid):
         """Send messages that are not for training; their ids.
 
         Raises:
-            NotImplementedError: for a training message, whose reply nothing would mask.
+            RunError: for a training message, whose reply nothing would mask.
         """
         sent = list(messages)
         if any(map(_trains, sent)):
-            raise NotImplementedError("secure aggregation: send training messages with send_and_receive")
+            raise RunError("secure aggregation: send training messages with send_and_receive")
         return self._grid.push_messages(sent)
 
     def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:

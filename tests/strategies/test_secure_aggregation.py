@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from flwr.app import Context, Error, Message
+from flwr.app import Context, Error, Message, MessageType, RecordDict
 from flwr.common import bytes_to_ndarray
 from flwr.serverapp.strategy import FedAvg, FedMedian
 
@@ -21,12 +21,12 @@ from flpriv.capture import Capture, Observation
 from flpriv.clients.app import app as client
 from flpriv.engine import inline
 from flpriv.engine.config import RunConfig
-from flpriv.errors import ScenarioError
+from flpriv.errors import RunError, ScenarioError
 from flpriv.scenario import Scenario
 from flpriv.secure_aggregation import CONFIGS, MODULUS, SecureAggregation
 from flpriv.state import State
 from flpriv.store import open_capture
-from flpriv.strategies.secure_aggregation import check_strategy
+from flpriv.strategies.secure_aggregation import SecureGrid, check_strategy
 from flpriv.strategies.server import app as server
 from flpriv.sums import sums
 from flpriv.witness import read_witnesses
@@ -299,3 +299,9 @@ def test_defences_touch_the_update_before_it_is_masked(plain: tuple[Observation,
     (seen,) = capture(tmp_path).observations
     size = math.sqrt(sum(float(value.double().square().sum()) for value in seen.update.values()))
     assert 0 < size < 1.1e-3
+
+
+def test_training_messages_that_nothing_would_mask_are_not_pushed(tiny: Any) -> None:
+    grid = SecureGrid(tiny(), SecureAggregation())
+    with pytest.raises(RunError, match="send_and_receive"):
+        grid.push_messages([Message(RecordDict(), 11, MessageType.TRAIN)])
