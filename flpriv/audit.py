@@ -205,7 +205,7 @@ def _outcome(job: Job) -> Outcome:
         if not delivered and refusals:
             return Outcome(status="refused", message=refusals[0])
         capture = replace(capture, observations=delivered)
-    with scratch(job.outcome / "scratch"):
+    with scratch(job.outcome / "scratch", shared=job.folder.parent.parent / "shared"):
         claims = made(capture, seed=derive(scenario.seed, "attack", spec.label))
     return Outcome(claims=claims) if claims else Outcome(status="failed", message="the attack made no claim")
 

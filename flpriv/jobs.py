@@ -8,8 +8,9 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from typing import TypeVar
+from typing import Any, TypeVar
 
+from flpriv.errors import RunError
 from flpriv.progress import tell
 
 T = TypeVar("T")
@@ -21,10 +22,12 @@ def cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def run(work: Callable[[T], R], items: Sequence[T], *, what: str, name: Callable[[T], str], workers: int = 1) -> list[R]:
+def run(
+    work: Callable[[T], R], items: Sequence[T], *, what: str, name: Callable[[T], str], workers: int = 1, ray: str = ""
+) -> list[R]:
     """``[work(item) for item in items]``, by up to ``workers`` processes; in this one where that is 1 or there is one item.
 
-    Workers share the cores' threads evenly, and end when this process dies.
+    Workers share the cores' threads evenly, and end when this process dies. On Ray each item is a task of one core.
 
     Args:
         work: a function of a module, called with one item; what it raises is raised here, and nothing further is started.
@@ -32,9 +35,15 @@ def run(work: Callable[[T], R], items: Sequence[T], *, what: str, name: Callable
         what: the whole, for progress.
         name: of one item, for progress.
         workers: at most this many processes.
+        ray: address of a Ray cluster to work on instead, or ``"local"`` to start one here.
+
+    Raises:
+        RunError: if the cluster cannot be reached.
     """
     workers = min(workers, len(items))
     tell(what, 0, len(items))
+    if ray and items:
+        return _on_ray(work, items, what=what, name=name, address=ray)
     if workers <= 1:
         found = []
         for done, item in enumerate(items):
@@ -53,6 +62,45 @@ def run(work: Callable[[T], R], items: Sequence[T], *, what: str, name: Callable
             pool.shutdown(wait=True, cancel_futures=True)
             raise
         return [future.result() for future in futures]
+
+
+def _on_ray(work: Callable[[T], R], items: Sequence[T], *, what: str, name: Callable[[T], str], address: str) -> list[R]:
+    """Every item a task of one core; what one raises is raised here, and the others are cancelled."""
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    import ray
+
+    own = not ray.is_initialized()
+    if own:
+        try:
+            where = None if address == "local" else address
+            ray.init(address=where, num_cpus=cores() if where is None else None, log_to_driver=False, include_dashboard=False)
+        except (ConnectionError, ValueError, OSError) as error:
+            raise RunError(f"ray = {address!r}: no Ray cluster was reached ({error}); give its address or 'local'") from error
+    try:
+        task: Any = ray.remote(num_cpus=1)(_one_thread)
+        names = {task.remote(work, item): name(item) for item in items}
+        order, waiting = list(names), list(names)
+        while waiting:
+            (done,), waiting = ray.wait(waiting, num_returns=1)
+            try:
+                ray.get(done)
+            except ray.exceptions.RayTaskError as error:
+                for other in waiting:
+                    ray.cancel(other)
+                raise error.cause from None
+            tell(what, len(items) - len(waiting), len(items), names[done])
+        results: list[R] = ray.get(order)
+        return results
+    finally:
+        if own:
+            ray.shutdown()
+
+
+def _one_thread(work: Callable[[T], R], item: T) -> R:
+    import torch
+
+    torch.set_num_threads(1)
+    return work(item)
 
 
 def _start(parent: int, threads: int) -> None:

@@ -19,16 +19,28 @@ from flpriv.errors import CaptureError
 from flpriv.files import private_folder, write_private
 
 _folder: ContextVar[Path | None] = ContextVar("flpriv_scratch", default=None)
+_shared: ContextVar[Path | None] = ContextVar("flpriv_shared", default=None)
 
 
 @contextmanager
-def scratch(folder: Path) -> Iterator[None]:
-    """Let work within the block leave its state in ``folder`` (mode 0700: it holds what may become patient images)."""
-    token = _folder.set(folder)
+def scratch(folder: Path, *, shared: Path | None = None) -> Iterator[None]:
+    """Let work within the block leave its state in ``folder`` (mode 0700: it holds what may become patient images).
+
+    Args:
+        folder: of this piece of work alone.
+        shared: of all pieces of work of a run, for what several of them need and any can make.
+    """
+    tokens = _folder.set(folder), _shared.set(shared)
     try:
         yield
     finally:
-        _folder.reset(token)
+        _folder.reset(tokens[0])
+        _shared.reset(tokens[1])
+
+
+def shared() -> Path | None:
+    """Where work leaves what other work of the same run may need too; ``None`` outside a run."""
+    return _shared.get()
 
 
 class Notebook:

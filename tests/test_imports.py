@@ -54,8 +54,9 @@ FLOWER = (
     "strategies/",
 )
 """Where Flower may be imported."""
-FAMILY_TOOLS = {"clients": {"engine.config"}, "strategies": {"engine.config", "store"}}
-"""Tools a family may use beyond contracts: both apps read the same run-config, and the wiretap writes captures."""
+FAMILY_TOOLS = {"attacks": {"jobs"}, "clients": {"engine.config"}, "strategies": {"engine.config", "store"}}
+"""Tools a family may use beyond contracts: attacks train models side by side, both apps read the same run-config, and the wiretap
+writes captures."""
 
 
 @dataclass(frozen=True)

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from flpriv.capture import Capture, Observation
+from flpriv.recipe import LocalRecipe
 from flpriv.records import Records
 from flpriv.state import State
 from flpriv.task import Task
@@ -78,3 +81,13 @@ def overfit() -> Federation:
 def federated() -> Federation:
     """Three rounds of four steps: hardly anything is learned yet."""
     return run(rounds=3, steps=4, lr=0.1)
+
+
+@pytest.fixture(scope="session")
+def known(federated: Federation) -> Federation:
+    """The same with public images, and a recipe that the adversary knows."""
+    capture, owner = federated
+    recipe = LocalRecipe(lr=0.1, batch_size=16, steps=4)
+    told = tuple(replace(seen, local=recipe, examples=EACH) for seen in capture.observations)
+    granted = capture.granted | Can.KNOW_PUBLIC | Can.KNOW_LOCAL
+    return replace(capture, granted=granted, observations=told, public=noise(60, seed=5)), owner
