@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args
 
 import typer
 
-from flpriv import __version__
+from flpriv import __version__, memory
 from flpriv.errors import FlprivError, ScenarioError, near
 
 if TYPE_CHECKING:
@@ -42,6 +42,7 @@ def main() -> None:
     """Run the command line: a mistake of the user's ends in one clear line and exit code 2."""
     arguments = [argument for argument in sys.argv[1:] if argument != "--verbose"]
     verbose = len(arguments) < len(sys.argv) - 1
+    memory.keep()
     try:
         app(args=arguments, prog_name="flpriv")
     except FlprivError as error:

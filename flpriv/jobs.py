@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from typing import Any, TypeVar
 
+from flpriv import memory
 from flpriv.errors import RunError
 from flpriv.progress import tell
 
@@ -100,6 +101,7 @@ def _one_thread(work: Callable[[T], R], item: T) -> R:
     import torch
 
     torch.set_num_threads(1)
+    memory.keep()
     return work(item)
 
 
@@ -107,6 +109,7 @@ def _start(parent: int, threads: int) -> None:
     import torch
 
     torch.set_num_threads(threads)
+    memory.keep()
     threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
 
 

@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from flpriv import memory
+
 
 @pytest.fixture(scope="session")
 def test_data() -> Path:
@@ -22,3 +24,4 @@ def test_data() -> Path:
 def one_thread() -> None:
     """Small tensors are slower on many threads, and two tests share two cores."""
     torch.set_num_threads(1)
+    memory.keep()

@@ -123,8 +123,8 @@ class ReferenceAttack(Attack):
 @torch.inference_mode()
 def logits(model: nn.Module, images: Tensor, *, chunk: int = 64) -> Tensor:
     """What ``model`` says to each image: ``(N, classes)`` float64 on the CPU."""
-    device = next(model.parameters()).device
-    return torch.cat([model(part.to(device)).cpu() for part in torch.split(images, chunk)]).double()
+    device, layout = next(model.parameters()).device, (torch.channels_last if images.dim() == 4 else torch.channels_last_3d)
+    return torch.cat([model(part.to(device, memory_format=layout)).cpu() for part in torch.split(images, chunk)]).double()
 
 
 def mean_out(values: Tensor, inside: Tensor) -> Tensor:
