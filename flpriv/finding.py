@@ -110,6 +110,27 @@ class Confusion:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Group:
+    """Membership among the people of one kind: whether they are at more risk than others.
+
+    Args:
+        attribute: ``"sex"``, ``"age"``, ….
+        value: ``"F"``, ``"60-79"``, ….
+        members: candidates of the group that were trained on.
+        others: those that were not.
+        auc: of telling them apart.
+        strict: true positive rate at a low false positive rate.
+    """
+
+    attribute: str
+    value: str
+    members: int
+    others: int
+    auc: Metric
+    strict: Metric
+
+
+@dataclass(frozen=True, kw_only=True)
 class Finding:
     """One attack on one setting, over all sites (``site`` empty) or one.
 
@@ -131,6 +152,7 @@ class Finding:
         pairs: reconstructions, best first.
         roc: for membership.
         confusion: for attributes.
+        groups: for membership, the same by sex and age.
         seconds: how long the attack took.
     """
 
@@ -150,6 +172,7 @@ class Finding:
     pairs: tuple[Pair, ...] = ()
     roc: Roc | None = None
     confusion: Confusion | None = None
+    groups: tuple[Group, ...] = ()
     seconds: float = 0.0
 
 

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from flpriv.claim import Goal
 from flpriv.errors import CaptureError
 from flpriv.files import private_folder, write_private
-from flpriv.finding import Confusion, Event, Finding, Level, Metric, Pair, Roc, SettingResult, SiteSummary, Verdict
+from flpriv.finding import Confusion, Event, Finding, Group, Level, Metric, Pair, Roc, SettingResult, SiteSummary, Verdict
 
 FILE = "verdict.json"
 FORMAT = "flpriv-verdict"
@@ -154,6 +154,7 @@ def _finding(table: Table, arrays: Arrays) -> Finding:
             "pairs": tuple(_pair(pair, arrays) for pair in table["pairs"]),
             "roc": table["roc"] and Roc(fpr=_array(table["roc"]["fpr"], arrays), tpr=_array(table["roc"]["tpr"], arrays)),
             "confusion": table["confusion"] and _confusion(table["confusion"], arrays),
+            "groups": tuple(map(_group, table.get("groups", ()))),
             "seconds": float(table["seconds"]),
         }
     )
@@ -161,6 +162,10 @@ def _finding(table: Table, arrays: Arrays) -> Finding:
 
 def _metric(table: Table) -> Metric:
     return Metric(**{**table, **{name: _number(table.get(name)) for name in _NUMBERS}})
+
+
+def _group(table: Table) -> Group:
+    return Group(**{**table, "auc": _metric(table["auc"]), "strict": _metric(table["strict"])})
 
 
 def _pair(table: Table, arrays: Arrays) -> Pair:

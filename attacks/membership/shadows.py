@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -130,24 +131,25 @@ def shadows(capture: Capture, course: Course, pool: Pool, *, count: int, seed: i
     Raises:
         CaptureError: if a kept shadow is damaged or a new one cannot be written.
     """
-    from filelock import FileLock
     from safetensors import SafetensorError
     from safetensors.torch import load, save
 
     start = capture.models[0] if Can.SEE_MODELS in capture.granted and len(capture.models) > 1 else None
     with _place(_key(capture.task, course, pool, start, seed)) as folder:
-        orders = [_Order(folder=folder, task=capture.task, course=course, index=index, seed=seed) for index in range(count)]
-        with FileLock(folder / "lock", mode=0o600):
-            missing = [order for order in orders if not order.path.is_file()]
-            if missing:
-                held = {f"start.{key}": value.contiguous() for key, value in (start or {}).items()}
-                halves = torch.stack([pool.halves(order.index, seed=seed) for order in orders])
-                kept = {"images": pool.images, "labels": pool.labels, "halves": halves, **held}
-                write_private(folder / "pool.safetensors", save(kept))
-                try:
+        held = folder / f"pool-{os.getpid()}.safetensors"
+        orders = [
+            _Order(folder=folder, pool=held, task=capture.task, course=course, index=index, seed=seed) for index in range(count)
+        ]
+        if not all(order.path.is_file() for order in orders):
+            begin = {f"start.{key}": value.contiguous() for key, value in (start or {}).items()}
+            halves = torch.stack([pool.halves(order.index, seed=seed) for order in orders])
+            write_private(held, save({"images": pool.images, "labels": pool.labels, "halves": halves, **begin}))
+            try:
+                for wait in (False, True):
+                    missing = [replace(order, wait=wait) for order in orders if not order.path.is_file()]
                     jobs.run(_train, missing, what="shadow federations", name=str, workers=torch.get_num_threads(), ray=ray)
-                finally:
-                    (folder / "pool.safetensors").unlink(missing_ok=True)
+            finally:
+                held.unlink(missing_ok=True)
         for order in orders:
             inside = pool.halves(order.index, seed=seed)
             try:
@@ -160,13 +162,15 @@ def shadows(capture: Capture, course: Course, pool: Pool, *, count: int, seed: i
 
 @dataclass(frozen=True, kw_only=True)
 class _Order:
-    """One shadow to train: plain data, so that another process can do it."""
+    """One shadow to train: plain data, so that another process can do it. ``wait`` for another attack that trains it already."""
 
     folder: Path
+    pool: Path
     task: Task
     course: Course
     index: int
     seed: int
+    wait: bool = False
 
     def __str__(self) -> str:
         return f"shadow {self.index + 1}"
@@ -177,14 +181,22 @@ class _Order:
 
 
 def _train(order: _Order) -> None:
+    """Train it, unless somebody else does or did."""
+    from filelock import FileLock, Timeout
     from safetensors.torch import load_file, save
 
-    held = load_file(order.folder / "pool.safetensors")
-    rows = held["halves"][order.index]
-    records = Records(images=held["images"][rows], labels=held["labels"][rows])
-    start = {key.removeprefix("start."): value for key, value in held.items() if key.startswith("start.")}
-    seed = derive(order.seed, "shadow", order.index)
-    write_private(order.path, save(federate(order.task, order.course, records, start=start or None, seed=seed)))
+    try:
+        with FileLock(order.path.with_suffix(".lock"), timeout=-1 if order.wait else 0, mode=0o600):
+            if order.path.is_file():
+                return
+            held = load_file(order.pool)
+            rows = held["halves"][order.index]
+            records = Records(images=held["images"][rows], labels=held["labels"][rows])
+            start = {key.removeprefix("start."): value for key, value in held.items() if key.startswith("start.")}
+            seed = derive(order.seed, "shadow", order.index)
+            write_private(order.path, save(federate(order.task, order.course, records, start=start or None, seed=seed)))
+    except Timeout:
+        return
 
 
 @contextmanager

@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import numpy as np
 import torch
 from numpy.typing import ArrayLike, NDArray
 
+from flpriv.bands import band, bands
 from flpriv.claim import Membership
 from flpriv.errors import ClaimError
-from flpriv.finding import Finding, Metric, Roc
+from flpriv.finding import Finding, Group, Metric, Roc
 from flpriv.measures.intervals import Interval, clopper_pearson
+from flpriv.measures.shares import share_interval
+from flpriv.records import Records
 from flpriv.truth import Truth
 
 Floats = NDArray[np.float64]
@@ -21,6 +25,10 @@ LOW_FPR = ((0.01, 100), (0.001, 1000))
 """False positive rates that are reported, and the non-members each needs."""
 FEW = 100
 """With fewer members or non-members than this, a caveat tells the standard error."""
+GROUP = 10
+"""Members and non-members a group of people needs for an AUC of its own."""
+AGES = (40, 60, 80)
+"""Years at which a new age band begins."""
 
 
 def roc(scores: ArrayLike, members: ArrayLike) -> Roc:
@@ -83,7 +91,8 @@ def findings(claims: Sequence[Membership], truth: Truth, new: Callable[..., Find
     Over the federation the members are what any site trained on, and the score is the claim about the federation; an attack that
     makes claims about nodes alone is scored by their maximum, each standardised. At a site its members stand against its own
     non-members, so that telling sites apart is not taken for telling members; there the score is the claim about the site's own
-    node where there is one, else the one about the federation.
+    node where there is one, else the one about the federation. The finding over the federation tells the same among the people of
+    each sex and age band that occurs.
 
     Raises:
         ClaimError: for scores of the wrong number or with NaN.
@@ -104,7 +113,8 @@ def findings(claims: Sequence[Membership], truth: Truth, new: Callable[..., Find
     known = truth.candidates
     patients = np.asarray(known.patients if known and known.patients else [str(i) for i in range(len(member))])
     labels = known.labels.numpy() if known else np.zeros(len(member), dtype=np.int64)
-    found = [_finding(federation, member, labels, patients, new, site="")]
+    overall = _finding(federation, member, labels, patients, new, site="")
+    found = [replace(overall, groups=_groups(federation, member, patients, known) if known else ())]
     site = np.asarray(known.attributes.get("site", ()) if known else ())
     own = {truth.site_of[node]: scores for node, scores in nodes.items() if node in truth.site_of}
     for name in sorted(set(site.tolist()) - {""}):
@@ -130,19 +140,8 @@ def _finding(
         return new(
             site=site, headline=missing, metrics=(missing,), caveats=(f"There are {hits} members and {misses} non-members.",)
         )
-    curve = roc(scores, member)
-    low, high = auc_interval(scores, member, patients.tolist())
+    curve, headline = roc(scores, member), _area(scores, member, patients)
     error = null_error(hits, misses)
-    headline = Metric(
-        name="AUC",
-        value=auc(scores, member),
-        low=low,
-        high=high,
-        n=n,
-        null=0.5,
-        null_name="chance",
-        note=f"standard error at chance {error:.3f}",
-    )
     best = float((curve.tpr + 1 - curve.fpr).max() / 2)
     balanced = Metric(
         name="balanced accuracy",
@@ -159,9 +158,7 @@ def _finding(
         caveats.append(
             "Members and non-members differ in their class shares: part of the AUC, in either direction, may be the label."
         )
-    if len(set(patients.tolist())) < n:
-        caveats.append("Some patients have several images: the intervals of the true positive rates take images as independent.")
-    rates = tuple(_low_fpr(curve, fpr, needed, hits, misses) for fpr, needed in LOW_FPR)
+    rates = tuple(_low_fpr(scores, member, patients, fpr, needed) for fpr, needed in LOW_FPR)
     return new(site=site, headline=headline, metrics=(headline, *rates, balanced), roc=curve, caveats=tuple(caveats))
 
 
@@ -173,14 +170,43 @@ def _labels_differ(labels: NDArray[np.int64], member: NDArray[np.bool_]) -> bool
     return counts.shape[1] > 1 and float(chi2_contingency(counts).pvalue) < 0.01
 
 
-def _low_fpr(curve: Roc, fpr: float, needed: int, hits: int, misses: int) -> Metric:
-    name = f"TPR at {100 * fpr:g} % FPR"
-    if misses < needed:
-        note = f"needs {needed} non-members, there are {misses}"
+def _area(scores: Floats, member: NDArray[np.bool_], patients: NDArray[np.str_]) -> Metric:
+    hits, misses = int(member.sum()), int((~member).sum())
+    low, high = auc_interval(scores, member, patients.tolist())
+    note = f"standard error at chance {null_error(hits, misses):.3f}"
+    value = auc(scores, member)
+    return Metric(name="AUC", value=value, low=low, high=high, n=hits + misses, null=0.5, null_name="chance", note=note)
+
+
+def _low_fpr(scores: Floats, member: NDArray[np.bool_], patients: NDArray[np.str_], fpr: float, needed: int) -> Metric:
+    """The true positive rate at one false positive rate; the images of a patient do not count as independent."""
+    name, misses = f"TPR at {100 * fpr:g} % FPR", int((~member).sum())
+    if misses < needed or misses == len(member):
+        note = f"needs {needed} non-members, there are {misses}" if misses < needed else "no members"
         return Metric(name=name, value=None, n=misses, null=fpr, null_name="chance", note=note)
-    rate = tpr_at(curve, fpr)
-    low, high = clopper_pearson(round(rate * hits), hits)
-    return Metric(name=name, value=rate, low=low, high=high, n=hits, null=fpr, null_name="chance")
+    # The threshold is the score above which no more than that share of the non-members lies.
+    above = np.sort(scores[~member])[::-1][math.floor(fpr * misses + 1e-9)]
+    found = scores[member] > above
+    low, high = share_interval(found, patients[member].tolist())
+    return Metric(name=name, value=float(found.mean()), low=low, high=high, n=found.size, null=fpr, null_name="chance")
+
+
+def _groups(scores: Floats, member: NDArray[np.bool_], patients: NDArray[np.str_], known: Records) -> tuple[Group, ...]:
+    """Each sex and age band that occurs, among its own people; a group too small reads n/a."""
+    names = bands(AGES)
+    ages = [band(age, names) for age in known.attributes.get("age", ())]
+    columns = {"sex": list(known.attributes.get("sex", ())), "age": ages}
+    found = []
+    for attribute, column in columns.items():
+        for value in [name for name in names if name in column] if attribute == "age" else sorted(set(column) - {""}):
+            here = np.asarray(column) == value
+            hits, misses = int((member & here).sum()), int((~member & here).sum())
+            area = Metric(name="AUC", value=None, n=hits + misses, note=f"needs {GROUP} members and non-members")
+            if min(hits, misses) >= GROUP:
+                area = _area(scores[here], member[here], patients[here])
+            strict = _low_fpr(scores[here], member[here], patients[here], *LOW_FPR[0])
+            found.append(Group(attribute=attribute, value=value, members=hits, others=misses, auc=area, strict=strict))
+    return tuple(found)
 
 
 def _checked(claim: Membership, n: int) -> Floats:

@@ -17,7 +17,7 @@ from flpriv.errors import ClaimError
 from flpriv.finding import Finding
 from flpriv.measures import measure
 from flpriv.measures.intervals import clopper_pearson
-from flpriv.measures.membership import auc, auc_interval, null_error, roc, tpr_at
+from flpriv.measures.membership import _low_fpr, auc, auc_interval, null_error, roc, tpr_at
 from flpriv.records import Records
 from flpriv.truth import Truth
 
@@ -235,11 +235,59 @@ def test_a_site_without_non_members_has_no_auc_and_says_so() -> None:
     assert a.headline.note == "2 members, 0 non-members"
 
 
-def test_few_candidates_and_several_images_a_patient_are_caveats() -> None:
-    truth = truth_of(np.array([True, False] * 10), ["a"] * 20, patients=tuple(f"{i % 2}{i // 4}" for i in range(20)))
-    overall = judge([Membership(scores=torch.arange(20.0))], truth)[0]
+def test_few_candidates_are_a_caveat() -> None:
+    overall = judge([Membership(scores=torch.arange(20.0))], truth_of(np.array([True, False] * 10), ["a"] * 20))[0]
     assert "Only 10 members and 10 non-members" in overall.caveats[0]
-    assert "several images" in overall.caveats[1]
+
+
+def test_a_patients_images_do_not_count_as_independent_at_low_false_positive_rates() -> None:
+    """Copies of an image are one image: ten each give the interval of a tenth of them, and the same rate."""
+    rng = np.random.default_rng(0)
+    few, members = rng.normal(size=400) + np.where(np.arange(400) % 2 == 0, 2, 0), np.arange(400) % 2 == 0
+    one = metrics(judge([Membership(scores=torch.from_numpy(few))], truth_of(members, ["a"] * 400))[0])["TPR at 1 % FPR"]
+    patients = tuple(str(i // 10) for i in range(4000))
+    copied = truth_of(members.repeat(10), ["a"] * 4000, patients=patients)
+    ten = metrics(judge([Membership(scores=torch.from_numpy(few.repeat(10)))], copied)[0])["TPR at 1 % FPR"]
+    assert ten.value == one.value
+    assert (ten.low, ten.high) == pytest.approx((one.low, one.high), abs=0.02)
+
+
+@settings(deadline=None)
+@given(scored, st.sampled_from([0.0, 0.01, 0.1, 0.3]))
+def test_the_rate_reported_is_the_curves(rows: list[tuple[int, bool]], fpr: float) -> None:
+    scores, members = np.array([s for s, _ in rows], dtype=float), np.array([m for _, m in rows])
+    found = _low_fpr(scores, members, np.arange(len(rows)).astype(str), fpr, 1)
+    assert found.value == pytest.approx(tpr_at(roc(scores, members), fpr))
+
+
+def test_people_of_a_sex_or_age_band_are_judged_among_themselves() -> None:
+    truth, noise = scenario(600)
+    assert truth.candidates is not None
+    sex = tuple("F" if i % 3 == 0 else "M" for i in range(600))
+    age = tuple("" if i % 5 == 0 else str(30 + 10 * (i % 4)) for i in range(600))
+    known = replace(truth.candidates, attributes={**truth.candidates.attributes, "sex": sex, "age": age})
+    members = np.arange(600) % 2 == 0
+    scores = noise + 3 * (np.array(sex) == "F") * members
+    overall, *others = judge([Membership(scores=torch.from_numpy(scores))], replace(truth, candidates=known))
+    groups = {(group.attribute, group.value): group for group in overall.groups}
+    assert list(groups) == [("sex", "F"), ("sex", "M"), ("age", "0-39"), ("age", "40-59"), ("age", "60-79")]
+    women = np.array(sex) == "F"
+    assert groups["sex", "F"].auc.value == pytest.approx(roc_auc_score(members[women], scores[women]))
+    assert (groups["sex", "F"].auc.low or 0) > (groups["sex", "M"].auc.high or 1)
+    assert (groups["sex", "F"].members, groups["sex", "F"].others) == (100, 100)
+    assert groups["sex", "F"].strict.value is not None
+    assert all(not finding.groups for finding in others)
+
+
+def test_a_group_too_small_reads_not_available() -> None:
+    truth, scores = scenario(100)
+    assert truth.candidates is not None
+    sex = ("F",) * 12 + ("M",) * 88
+    known = replace(truth.candidates, attributes={**truth.candidates.attributes, "sex": sex})
+    women, men = judge([Membership(scores=torch.from_numpy(scores))], replace(truth, candidates=known))[0].groups
+    assert women.auc.value is None
+    assert women.strict.value is None
+    assert men.auc.value is not None
 
 
 @pytest.mark.parametrize(("share", "told"), [(0.5, False), (0.8, True)])

@@ -14,6 +14,7 @@ from flpriv.finding import (
     Confusion,
     Event,
     Finding,
+    Group,
     Level,
     Metric,
     Pair,
@@ -181,7 +182,16 @@ def membership() -> list[Finding]:
     plain, kept = auc(0.653), auc(0.512)
     return [
         replace(
-            own, headline=plain, metrics=(plain, at_one, strict), roc=roc(0.6), level=Level.MEDIUM, threshold="AUC surely ≥ .60"
+            own,
+            headline=plain,
+            metrics=(plain, at_one, strict),
+            roc=roc(0.6),
+            groups=(
+                Group(attribute="sex", value="F", members=180, others=190, auc=auc(0.71), strict=at_one),
+                Group(attribute="age", value="80+", members=4, others=3, auc=replace(plain, value=None), strict=strict),
+            ),
+            level=Level.MEDIUM,
+            threshold="AUC surely ≥ .60",
         ),
         replace(
             own,

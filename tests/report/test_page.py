@@ -314,6 +314,16 @@ def test_an_empty_verdict_has_a_page(small: Verdict, tmp_path: Path) -> None:
     assert "Verdict: Unknown" in text and "No attack was run." in text
 
 
+def test_who_is_at_more_risk_is_a_table(page: Path) -> None:
+    text = page.read_text(encoding="utf-8")
+    table = text[text.index("Who is at more risk, no defence") :].split("</table>")[0]
+    assert ">sex F<" in table
+    assert "180, 190" in table
+    assert "0.71" in table
+    assert ">age 80+<" in table
+    assert "n/a" in table
+
+
 def test_the_same_verdict_gives_the_same_page(verdict: Verdict, tmp_path: Path) -> None:
     one, two = (write([verdict], tmp_path / f"{name}.html").read_bytes() for name in "ab")
     assert one == two

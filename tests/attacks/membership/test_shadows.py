@@ -1,11 +1,15 @@
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextvars import copy_context
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from filelock import FileLock
 from torch import Tensor
 
 from flpriv.attacks.membership import shadows as module
@@ -85,7 +89,7 @@ def test_what_is_kept_is_not_trained_again(known: Federation, run: Path, monkeyp
 def test_no_image_is_left_behind_and_files_are_private(known: Federation, run: Path) -> None:
     train(known[0], count=2)
     (folder,) = (run / "shadows").iterdir()
-    assert sorted(file.name for file in folder.iterdir() if file.name != "lock") == ["0.safetensors", "1.safetensors"]
+    assert sorted(file.name for file in folder.iterdir() if file.suffix != ".lock") == ["0.safetensors", "1.safetensors"]
     assert {file.stat().st_mode & 0o077 for file in (folder, *folder.iterdir())} == {0}
 
 
@@ -103,6 +107,24 @@ def test_processes_and_this_one_train_the_same(known: Federation, monkeypatch: p
     both = train(known[0], count=2)
     for one, two in zip(alone, both, strict=True):
         assert all(torch.allclose(value, two.state[key], atol=1e-6) for key, value in one.state.items())
+
+
+def test_a_shadow_that_another_attack_trains_is_waited_for(known: Federation, run: Path) -> None:
+    """Its lock is held: the others are trained first, and this one is not trained twice."""
+    first = train(known[0], count=4)
+    (folder,) = (run / "shadows").iterdir()
+    content = (folder / "1.safetensors").read_bytes()
+    for index in range(4):
+        (folder / f"{index}.safetensors").unlink()
+    lock = FileLock(folder / "1.lock")
+    with lock:
+        done = ThreadPoolExecutor(1).submit(copy_context().run, train, known[0], count=4)
+        while not all((folder / f"{index}.safetensors").is_file() for index in (0, 2, 3)):
+            assert not done.done()
+            time.sleep(0.05)
+        assert not (folder / "1.safetensors").exists()
+        (folder / "1.safetensors").write_bytes(content)
+    assert [fingerprint(one.state) for one in done.result(60)] == [fingerprint(one.state) for one in first]
 
 
 @pytest.mark.slow
