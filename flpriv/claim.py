@@ -61,8 +61,8 @@ class Attribute:
     """A guess of one attribute of each of the capture's candidates.
 
     Args:
-        attribute: ``"site"``, ``"sex"``, ``"age"``, ….
-        classes: names of the guessed values.
+        attribute: ``"site"``, ``"sex"``, ``"age"``, …; ``"source"`` for the client that a record was trained on by.
+        classes: names of the guessed values; pseudonyms of nodes where the attribute is ``"source"``.
         probabilities: ``(N, len(classes))``, rows sum to 1.
         probe: what made the guess (``"logistic probe"``, ``"head"``).
         baseline: empty for the attack itself; else the name of the baseline this claim is (``"untrained backbone"``).

@@ -152,7 +152,7 @@ def _says(finding: Finding) -> str:
     what = {
         Goal.RECONSTRUCTION: f"rebuilds {value} of the attacked images ({metric.name.removeprefix('fraction at ')})",
         Goal.MEMBERSHIP: f"tells who took part with an {metric.name} of {value}",
-        Goal.ATTRIBUTE: f"guesses right for {value} of held-out images",
+        Goal.ATTRIBUTE: f"guesses right for {value} of {'training' if 'on members' in metric.name else 'held-out'} images",
         Goal.PRIVACY_BOUND: f"measures {metric.name} {value}",
     }[finding.goal]
     null = f"; {metric.null_name}: {_number(metric, metric.null)}" if metric.null is not None else ""

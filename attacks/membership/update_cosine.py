@@ -2,23 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Annotated, ClassVar
 
 import torch
 from pydantic import Field
-from torch import Tensor, nn
-from torch.func import functional_call, grad, vmap
-from torch.nn import functional
+from torch import Tensor
 
 from flpriv.attack import Attack
-from flpriv.attacks.frozen import frozen
-from flpriv.capture import Capture, Observation
+from flpriv.attacks.membership.gradients import alongside, candidates, claims, usable
+from flpriv.capture import Capture
 from flpriv.claim import Goal, Membership
-from flpriv.errors import CaptureError
-from flpriv.progress import track
-from flpriv.records import Records
 from flpriv.threat import Can
 
 
@@ -32,7 +27,7 @@ class UpdateCosine(Attack):
 
     Args:
         spread: look at no more than this many rounds, spread evenly over those seen; each costs one gradient of every candidate.
-        chunk: candidates whose gradients are held in memory at once.
+        chunk: candidates whose gradients a GPU holds at once.
     """
 
     name: ClassVar[str] = "update-cosine"
@@ -52,76 +47,9 @@ class UpdateCosine(Attack):
             CaptureError: for a capture without candidates or without a usable update.
             UpdateError: if a model sent is not the task's.
         """
-        if capture.candidates is None or not len(capture.candidates):
-            raise CaptureError(f"{self.name}: the capture holds no candidates")
-        seen = [o for o in capture.observations if not o.trap and _usable(o.update)]
-        if not seen:
-            raise CaptureError(f"{self.name}: the capture holds no usable update: none was honest, finite and other than zero")
-        rounds = _spread(sorted({o.round for o in seen}), self.spread)
+        candidates(capture, who=self.name)
         scores: dict[int | None, list[Tensor]] = {}
-        for group in track(_by_model([o for o in seen if o.round in rounds]), self.name):
-            model = frozen(capture.task, group[0].sent, who=f"{self.name}: the model of round {group[0].round}")
-            columns = cosines(model, capture.candidates, [o.update for o in group], chunk=self.chunk).unbind(1)
-            for observation, column in zip(group, columns, strict=True):
-                scores.setdefault(observation.node, []).append(column)
-        means = {node: torch.stack(columns).mean(0) for node, columns in scores.items()}
-        standard = [(score - score.mean()) / score.std().clamp_min(1e-12) for score in means.values()]
-        federation = Membership(scores=torch.stack(standard).amax(0))
-        return [federation, *(Membership(scores=score, node=node) for node, score in means.items() if node is not None)]
-
-
-def cosines(model: nn.Module, records: Records, updates: Sequence[Mapping[str, Tensor]], *, chunk: int) -> Tensor:
-    """Cosine of each record's loss gradient with minus each update: ``(N, len(updates))`` float64, 0 where the gradient is zero.
-
-    Args:
-        model: where the gradients are taken, in the mode it is in.
-        records: N of them.
-        updates: over some of the model's parameters.
-        chunk: records whose gradients are held at once.
-    """
-    device = next(model.parameters()).device
-    weights: dict[str, Tensor] = {key: value for key, value in model.named_parameters() if key in updates[0]}
-    rest = {key: value for key, value in (*model.named_parameters(), *model.named_buffers()) if key not in weights}
-    directions = {key: torch.stack([-update[key].to(device).flatten() for update in updates], 1) for key in weights}
-    lengths = _sum([direction.double().square().sum(0) for direction in directions.values()]).sqrt()
-
-    def loss(weights: dict[str, Tensor], image: Tensor, label: Tensor) -> Tensor:
-        return functional.cross_entropy(functional_call(model, (weights, rest), (image[None],)), label[None])
-
-    each = vmap(grad(loss), in_dims=(None, 0, 0), randomness="different")
-    found = []
-    for images, labels in zip(torch.split(records.images, chunk), torch.split(records.labels, chunk), strict=True):
-        gradients = {key: value.flatten(1) for key, value in each(weights, images.to(device), labels.to(device)).items()}
-        products = _sum([(gradients[key] @ directions[key]).double() for key in weights])
-        norms = _sum([value.double().square().sum(1) for value in gradients.values()]).sqrt()
-        found.append((products / (norms[:, None] * lengths).clamp_min(1e-30)).cpu())
-    return torch.cat(found)
-
-
-def _usable(update: Mapping[str, Tensor]) -> bool:
-    return all(bool(value.isfinite().all()) for value in update.values()) and any(bool(value.any()) for value in update.values())
-
-
-def _spread(rounds: Sequence[int], most: int) -> set[int]:
-    """``most`` of the rounds, evenly spread, the first and the last among them."""
-    if len(rounds) <= most:
-        return set(rounds)
-    return {rounds[i] for i in torch.linspace(0, len(rounds) - 1, most).round().long().tolist()}
-
-
-def _by_model(observations: Sequence[Observation]) -> list[list[Observation]]:
-    """Observations of one round that were sent the same model, so that its gradients are taken once."""
-    groups: list[list[Observation]] = []
-    for seen in observations:
-        for group in groups:
-            first = group[0]
-            if first.round == seen.round and all(torch.equal(value, first.sent[key]) for key, value in seen.sent.items()):
-                group.append(seen)
-                break
-        else:
-            groups.append([seen])
-    return groups
-
-
-def _sum(parts: Sequence[Tensor]) -> Tensor:
-    return torch.stack(list(parts)).sum(0)
+        seen = usable(capture, most=self.spread, who=self.name)
+        for found in alongside(capture, seen, chunk=self.chunk, who=self.name):
+            scores.setdefault(found.seen.node, []).append(found.cosines)
+        return claims(scores)

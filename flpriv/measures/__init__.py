@@ -1,7 +1,8 @@
 """Measures: where claims meet truth. Pure functions; every number with its interval, sample size and null.
 
 Each goal has a module: :mod:`~flpriv.measures.reconstruction`, :mod:`~flpriv.measures.membership`,
-:mod:`~flpriv.measures.attribute`, :mod:`~flpriv.measures.privacy`; :mod:`~flpriv.measures.utility` says what the model is worth.
+:mod:`~flpriv.measures.attribute` (and :mod:`~flpriv.measures.source` where records are traced to clients),
+:mod:`~flpriv.measures.privacy`; :mod:`~flpriv.measures.utility` says what the model is worth.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ def measure(
     Raises:
         ClaimError: for no claims, claims of another kind, or claims that do not fit the truth; says what is wrong.
     """
-    from flpriv.measures import attribute, membership, privacy, reconstruction
+    from flpriv.measures import attribute, membership, privacy, reconstruction, source
 
     new = partial(Finding, attack=attack, name=name, goal=goal, setting=setting, defense=defense)
     match goal:
@@ -45,7 +46,10 @@ def measure(
         case Goal.MEMBERSHIP:
             return membership.findings(_only(claims, Membership, name), truth, new)
         case Goal.ATTRIBUTE:
-            return attribute.findings(_only(claims, Attribute, name), truth, new, seed=seed)
+            guesses = _only(claims, Attribute, name)
+            if all(guess.attribute == source.SOURCE for guess in guesses):
+                return source.findings(guesses, truth, new, seed=seed)
+            return attribute.findings(guesses, truth, new, seed=seed)
         case Goal.PRIVACY_BOUND:
             return privacy.findings(_only(claims, PrivacyBound, name), new)
 

@@ -98,12 +98,12 @@ def findings(claims: Sequence[Attribute], truth: Truth, new: Callable[..., Findi
             f"attribute claims: one attack claims several attributes ({', '.join(sorted(attributes))}); run it once for each"
         )
     sample, caveats = _sample(claims, truth)
-    found = [_overall(sample, new, caveats, seed=seed)]
+    found = [overall(sample, new, caveats, seed=seed)]
     shares = np.bincount(sample.true, minlength=len(sample.classes)) / len(sample.true)
     for name in sorted(set(sample.site.tolist()) - {""}):
         here = sample.take(sample.site == name)
         prior = float(shares[sample.classes.index(name)]) if attributes == {"site"} else None
-        found.append(_at_site(here, new, name, prior))
+        found.append(at_site(here, new, name, prior))
     return found
 
 
@@ -153,7 +153,8 @@ def _value(value: str, classes: Sequence[str]) -> str:
     return band(value, classes) if all(map(is_band, classes)) else value
 
 
-def _overall(sample: Sample, new: Callable[..., Finding], caveats: Sequence[str], *, seed: int) -> Finding:
+def overall(sample: Sample, new: Callable[..., Finding], caveats: Sequence[str], *, seed: int) -> Finding:
+    """The finding over all sites: accuracy, lift, F1 and confusion of the best probe, against the best baseline."""
     own, count = sample.best(""), len(sample.classes)
     guesses, patients = sample.guesses[own], len(set(sample.patient.tolist()))
     majority = int(np.bincount(sample.true).argmax())
@@ -221,7 +222,8 @@ def _repeated(sample: Sample, key: tuple[str, str]) -> Metric:
     return Metric(name=name, value=float(each.mean()), low=low, high=high, n=len(each), note=note)
 
 
-def _at_site(sample: Sample, new: Callable[..., Finding], site: str, prior: float | None) -> Finding:
+def at_site(sample: Sample, new: Callable[..., Finding], site: str, prior: float | None) -> Finding:
+    """The finding at one site: recall against ``prior``, the share of its class, or accuracy where that is ``None``."""
     own = sample.best("")
     rivals = {name: sample.accuracy(sample.best(name)) for name in sample.baselines}
     if prior is None:

@@ -105,11 +105,20 @@ def _value(claim: Claim, truth: Truth) -> float:
             sites = truth.candidates.attributes["site"]
             members = members & torch.tensor([site == truth.site_of[claim.node] for site in sites])
         return float(auc(claim.scores.double().numpy(), members.numpy()))
+    if isinstance(claim, Attribute) and claim.attribute == "source":
+        named = [truth.site_of.get(int(node), "") for node in claim.classes]
+        guessed = torch.tensor([named[k] == site for k, site in _sources(claim, truth.candidates)])
+        return float(guessed[truth.members].double().mean())
     if isinstance(claim, Attribute):
         guesses = [claim.classes[place] for place in claim.probabilities.argmax(1).tolist()]
         true = [_named(value, claim.classes) for value in truth.candidates.attributes[claim.attribute]]
         return float(torch.tensor([guess == value for guess, value in zip(guesses, true, strict=True)]).double().mean())
     raise TypeError(f"{type(claim).__name__} has no score")
+
+
+def _sources(claim: Attribute, candidates: Records) -> Iterator[tuple[int, str]]:
+    """The place of the node guessed, and the true site, of each candidate."""
+    return zip(claim.probabilities.argmax(1).tolist(), candidates.attributes["site"], strict=True)
 
 
 def _named(value: str, classes: Sequence[str]) -> str:

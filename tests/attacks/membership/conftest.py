@@ -49,17 +49,17 @@ def train(task: Task, start: State, records: Records, *, steps: int, lr: float, 
     return copied(model.state_dict())
 
 
-def run(*, rounds: int, steps: int, lr: float) -> Federation:
-    """Federated averaging of two sites on noise."""
-    sites = {node: noise(EACH, seed=node) for node in NODES}
+def run(*, rounds: int, steps: int, lr: float, nodes: tuple[int, ...] = NODES) -> Federation:
+    """Federated averaging of sites on noise."""
+    sites = {node: noise(EACH, seed=node) for node in nodes}
     models = [copied(TASK.build(seed=1).state_dict())]
     seen = []
     for round in range(1, rounds + 1):
         replies = {node: train(TASK, models[-1], own, steps=steps, lr=lr, seed=round) for node, own in sites.items()}
         seen += [Observation(round=round, node=node, sent=models[-1], returned=reply) for node, reply in replies.items()]
         models.append({key: torch.stack([reply[key] for reply in replies.values()]).mean(0) for key in models[-1]})
-    candidates = Records.concat([*sites.values(), noise(2 * EACH, seed=99)])
-    owner = torch.tensor([*[NODES[0]] * EACH, *[NODES[1]] * EACH, *[0] * (2 * EACH)])
+    candidates = Records.concat([*sites.values(), noise(len(nodes) * EACH, seed=99)])
+    owner = torch.tensor([node for node in (*nodes, *[0] * len(nodes)) for _ in range(EACH)])
     order = torch.randperm(len(owner), generator=torch.Generator().manual_seed(0))
     capture = Capture(
         granted=Can.SEE_FINAL | Can.SEE_MODELS | Can.SEE_UPDATES | Can.KNOW_CANDIDATES,
@@ -84,6 +84,7 @@ def federated() -> Federation:
 
 
 @pytest.fixture(scope="session")
+<<<<<<< HEAD
 def known(federated: Federation) -> Federation:
     """The same with public images, and a recipe that the adversary knows."""
     capture, owner = federated
@@ -91,3 +92,8 @@ def known(federated: Federation) -> Federation:
     told = tuple(replace(seen, local=recipe, examples=EACH) for seen in capture.observations)
     granted = capture.granted | Can.KNOW_PUBLIC | Can.KNOW_LOCAL
     return replace(capture, granted=granted, observations=told, public=noise(60, seed=5)), owner
+=======
+def four_sites() -> Federation:
+    """Six rounds of 20 steps at four sites."""
+    return run(rounds=6, steps=20, lr=0.3, nodes=(11, 12, 13, 14))
+>>>>>>> 586f5f2 (Membership over updates and rounds, and source inference scored on members)

@@ -4,16 +4,14 @@ from dataclasses import replace
 
 import pytest
 import torch
-from torch import Tensor, nn
-from torch.nn.functional import cosine_similarity, cross_entropy
+from torch import Tensor
+from torch.nn.functional import cross_entropy
 
-from flpriv.attacks.membership.update_cosine import UpdateCosine, cosines
+from flpriv.attacks.membership.update_cosine import UpdateCosine
 from flpriv.capture import Capture, Observation
 from flpriv.claim import Membership
 from flpriv.errors import CaptureError, ThreatError
 from flpriv.measures.membership import auc, null_error
-from flpriv.records import Records
-from flpriv.task import Task
 from flpriv.threat import Can
 
 Federation = tuple[Capture, Tensor]
@@ -24,39 +22,6 @@ def claims(capture: Capture, attack: UpdateCosine | None = None) -> list[Members
     found = [claim for claim in made if isinstance(claim, Membership)]
     assert len(found) == len(made)
     return found
-
-
-def one_by_one(model: nn.Module, records: Records, update: dict[str, Tensor]) -> Tensor:
-    """The cosines by plain autograd, in float64."""
-    found = []
-    for image, label in zip(records.images, records.labels, strict=True):
-        model.zero_grad()
-        torch.autograd.backward(cross_entropy(model(image[None]), label[None]))
-        pairs = [(p.grad, -update[key]) for key, p in model.named_parameters() if p.grad is not None]
-        one, two = (torch.cat([part.double().flatten() for part in side]) for side in zip(*pairs, strict=True))
-        found.append(cosine_similarity(one, two, dim=0))
-    return torch.stack(found)
-
-
-@pytest.mark.parametrize(
-    ("model", "shape", "options"),
-    [
-        ("cnn", (1, 12, 12), {"width": 4}),
-        ("cnn", (1, 8, 8, 8), {"width": 4}),
-        ("resnet18", (1, 16, 16), {"widen": 0.125}),
-        ("resnet18", (1, 8, 8, 8), {"widen": 0.125}),
-    ],
-)
-def test_cosines_are_those_of_plain_autograd(model: str, shape: tuple[int, ...], options: dict[str, float]) -> None:
-    task = Task(modality="x", shape=shape, classes=("a", "b", "c"), model=model, options=options, mean=0.4, std=0.3)
-    net = task.build().eval()
-    rng = torch.Generator().manual_seed(0)
-    records = Records(images=torch.rand(5, *shape, generator=rng), labels=torch.tensor([0, 1, 2, 1, 0]))
-    updates = [{key: torch.randn(p.shape, generator=rng) for key, p in net.named_parameters()} for _ in range(2)]
-    found = cosines(net, records, updates, chunk=2)
-    assert found.shape == (5, 2)
-    for column, update in enumerate(updates):
-        assert torch.allclose(found[:, column], one_by_one(net, records, update), atol=1e-5)
 
 
 def fed_sgd(federation: Federation, row: int) -> Capture:

@@ -1,0 +1,73 @@
+"""Source: of the records that were trained on, how many are traced to the hospital they come from."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+
+import numpy as np
+
+from flpriv.claim import Attribute
+from flpriv.errors import ClaimError
+from flpriv.finding import Finding
+from flpriv.measures.attribute import Sample, at_site, overall
+from flpriv.truth import Truth
+
+SOURCE = "source"
+"""The attribute whose classes are nodes."""
+
+
+def findings(claims: Sequence[Attribute], truth: Truth, new: Callable[..., Finding], *, seed: int) -> list[Finding]:
+    """One finding over all sites, then one per site: its recall.
+
+    Scored on candidates that were trained on, for nobody else has a source. Nodes are translated to sites; a guess of a node
+    whose site is not known is wrong. Beside the share of the largest site stands chance, one in the number of clients claimed
+    about. One claim says what one round tells; accuracies of several rounds are not to be compared for the best of them.
+
+    Raises:
+        ClaimError: for several claims, one of a wrong size, or where no member's site is known.
+    """
+    if len(claims) != 1:
+        raise ClaimError(f"source claims: {len(claims)} claims; fix the round beforehand and make one")
+    (claim,) = claims
+    if truth.members is None or truth.candidates is None or "site" not in truth.candidates.attributes:
+        raise ClaimError("source cannot be measured: it is not known which candidates were trained on, and where")
+    count = len(truth.candidates)
+    if claim.probabilities.shape != (count, len(claim.classes)):
+        shape = tuple(claim.probabilities.shape)
+        raise ClaimError(
+            f"source claim: probabilities of shape {shape}, expected ({count}, {len(claim.classes)}): candidates, nodes"
+        )
+    site = np.asarray(truth.candidates.attributes["site"])
+    rows = truth.members.numpy().astype(bool) & (site != "")
+    if not rows.any():
+        raise ClaimError("source cannot be measured: no candidate was trained on at a site that is known")
+    named = {str(node): name for node, name in truth.site_of.items()}
+    guessed = [named.get(node, f"node {node}") for node in claim.classes]
+    classes = tuple(dict.fromkeys([*guessed, *sorted(set(site[rows].tolist()))]))
+    codes = np.array([classes.index(name) for name in guessed], dtype=np.int64)
+    ids = truth.candidates.patients or tuple(str(i) for i in range(count))
+    sample = Sample(
+        classes=classes,
+        true=np.array([classes.index(name) for name in site[rows]], dtype=np.int64),
+        guesses={("", claim.probe): codes[claim.probabilities.argmax(1).cpu().numpy()][None, rows]},
+        site=site[rows],
+        patient=np.asarray(ids)[rows],
+    )
+    caveats = []
+    if absent := sorted(set(site[rows].tolist()) - set(guessed)):
+        caveats.append(f"No reply of {', '.join(absent)} was compared; records from there count as wrong.")
+    found = overall(sample, new, caveats, seed=seed)
+    headline = found.headline and replace(
+        found.headline,
+        name="accuracy on members",
+        second_null=1 / len(claim.classes),
+        second_null_name=f"chance, 1 in {len(claim.classes)} clients",
+    )
+    metrics = (*((headline,) if headline else ()), *found.metrics[1:])
+    shares = np.bincount(sample.true, minlength=len(classes)) / len(sample.true)
+    here = {name: sample.take(sample.site == name) for name in sorted(set(sample.site.tolist()))}
+    return [
+        replace(found, headline=headline, metrics=metrics),
+        *(at_site(own, new, name, float(shares[classes.index(name)])) for name, own in here.items()),
+    ]
