@@ -103,6 +103,17 @@ class Attack(ABC):
         """For an active attack, what the operator sends; ``None`` for a passive one."""
         return None
 
+    def aim(self, task: Task, *, public: Records | None, candidates: Records | None, rng: torch.Generator) -> Trap | None:
+        """:meth:`trap` for an operator who holds the records asked about; override it in place of :meth:`trap` to use them.
+
+        Args:
+            task: of the federation.
+            public: images of patients of no site, where granted.
+            candidates: what the capture will hold as candidates, in the same order, where granted.
+            rng: of all randomness.
+        """
+        return self.trap(task, public=public, rng=rng)
+
     def architecture(self, model: nn.Module, task: Task) -> nn.Module:
         """The model definition the operator ships with its trap; by default the agreed one, unchanged."""
         return model

@@ -294,7 +294,8 @@ def _armed_utility(scenario: Scenario, setting: Setting, where: Path) -> tuple[M
         return ()
     seen, honest = delivered[-1], capture.models[delivered[-1].round - 1]
     made: Attack = create("attacks", spec.attack, spec.options, files=scenario.plugins)
-    trap = made.trap(task, public=capture.public, rng=torch.Generator().manual_seed(derive(scenario.seed, "trap", spec.label)))
+    rng = torch.Generator().manual_seed(derive(scenario.seed, "trap", spec.label))
+    trap = made.aim(task, public=capture.public, candidates=capture.candidates, rng=rng)
     node = seen.nodes[0] if seen.node is None else seen.node
     sent = trap.arm(honest, round=seen.round, node=node, nodes=seen.nodes) if trap is not None else None
     if sent is None:

@@ -481,13 +481,12 @@ def _override(tables: dict[str, Any], override: str) -> None:
 
 
 def _active(scenario: Scenario) -> set[str]:
-    """Labels of the attacks that bring a trap: those whose class overrides ``trap``."""
+    """Labels of the attacks that bring a trap: those whose class overrides ``trap`` or ``aim``."""
     from flpriv.attack import Attack
     from flpriv.registry import find
 
-    return {
-        spec.label for spec in scenario.attacks if find("attacks", spec.attack, files=scenario.plugins).trap is not Attack.trap
-    }
+    made = {spec.label: find("attacks", spec.attack, files=scenario.plugins) for spec in scenario.attacks}
+    return {label for label, cls in made.items() if cls.trap is not Attack.trap or cls.aim is not Attack.aim}
 
 
 def _labelled(specs: Sequence[Spec], label: str, kind: str) -> Spec:

@@ -120,7 +120,7 @@ class _Malice:
 
 
 def _malice(config: RunConfig, task: Task, sites: int) -> _Malice:
-    """The trap of the setting's attack, made from public images alone and the same on every run of the scenario."""
+    """The trap of the setting's attack, made from what the operator holds and the same on every run of the scenario."""
     scenario, label = config.scenario, config.setting.trap
     if not label:
         return _Malice()
@@ -129,13 +129,23 @@ def _malice(config: RunConfig, task: Task, sites: int) -> _Malice:
     rng = torch.Generator().manual_seed(derive(scenario.seed, "trap", label))
     public = _public(config, sites) if Can.KNOW_PUBLIC in scenario.threat.granted else None
     ships = type(attack).architecture is not Attack.architecture
-    return _Malice(trap=attack.trap(task, public=public, rng=rng), architecture=label if ships else "")
+    trap = attack.aim(task, public=public, candidates=_candidates(config, attack), rng=rng)
+    return _Malice(trap=trap, architecture=label if ships else "")
 
 
 def _public(config: RunConfig, sites: int) -> Records | None:
     parts = [data.records(config.scenario, site, "public") for site in range(sites)]
     parts = [part for part in parts if len(part)]
     return Records.concat(parts).anonymous() if parts else None
+
+
+def _candidates(config: RunConfig, attack: Attack) -> Records | None:
+    """The records asked about, where they are granted and the trap is made for them."""
+    if Can.KNOW_CANDIDATES not in config.scenario.threat.granted or type(attack).aim is Attack.aim:
+        return None
+    from flpriv.knowledge import gather
+
+    return gather(config.scenario).candidates.anonymous()
 
 
 def _finite(value: object) -> object:

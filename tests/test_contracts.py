@@ -116,6 +116,7 @@ def test_an_attack_is_random_by_its_seed_alone() -> None:
 def test_an_attack_sends_nothing_of_its_own_unless_it_says_so() -> None:
     model = nn.Linear(2, 2)
     assert Draw().trap(TASK, public=None, rng=torch.Generator()) is None
+    assert Draw().aim(TASK, public=None, candidates=None, rng=torch.Generator()) is None
     assert Draw().architecture(model, TASK) is model
 
 

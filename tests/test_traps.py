@@ -6,8 +6,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from flpriv import audit, scenario
+from flpriv.attacks.membership.gradient_ascent import GradientAscent
+from flpriv.errors import FlprivError
 from flpriv.finding import Finding, Verdict
 from flpriv.store import open_capture
 
@@ -79,6 +82,30 @@ def test_what_armed_sites_would_notice(tmp_path: Path) -> None:
     assert quiet.null_name == "honest model" and quiet.null is not None
     assert quiet.value == pytest.approx(quiet.null, abs=0.05)
     assert loud.null == quiet.null and loud.value != pytest.approx(loud.null, abs=0.05)
+
+
+def test_a_trap_for_candidates_is_sent_for_those_of_the_capture(tmp_path: Path) -> None:
+    verdict = run(
+        tmp_path,
+        federation={"rounds": 3, "local": {"lr": 0.05, "batch_size": 6, "epochs": 2}},
+        threat={"model": "malicious-sums-only", "tamper_rounds": [2, 3]},
+        attacks={"gradient-ascent": {"gamma": 0.2, "groups": 2}},
+    )
+    finding = found(verdict)
+    assert finding.status == "ok" and finding.headline is not None and finding.headline.name == "AUC"
+    assert next(s.armed_utility for s in verdict.settings if s.trap)
+    capture = open_capture(tmp_path / "run" / "settings" / "none--gradient-ascent" / "capture")
+    assert [one.trap for one in capture.observations] == ["", "gradient-ascent", "gradient-ascent"]
+    assert capture.candidates is not None
+    own = GradientAscent(gamma=0.2, groups=2).aim(capture.task, public=None, candidates=capture.candidates, rng=torch.Generator())
+    for seen in capture.observations[1:]:
+        sent = own.arm(capture.models[seen.round - 1], round=seen.round, node=seen.nodes[0], nodes=seen.nodes)
+        assert sent is not None and all(torch.allclose(sent[key], value, atol=1e-6) for key, value in seen.sent.items())
+
+
+def test_a_trap_for_candidates_needs_them(tmp_path: Path) -> None:
+    with pytest.raises(FlprivError, match="grant 'know-candidates'"):
+        run(tmp_path, threat={"model": "malicious-server", "deny": ["know-candidates"]}, attacks={"gradient-ascent": {}})
 
 
 @pytest.mark.slow

@@ -143,7 +143,7 @@ def _check_needs(attack: Attack, capture: Capture) -> None:
 
 def _check_trap(attack: Attack, capture: Capture) -> None:
     rng = torch.Generator().manual_seed(0)
-    trap = attack.trap(capture.task, public=capture.public, rng=rng)
+    trap = attack.aim(capture.task, public=capture.public, candidates=capture.candidates, rng=rng)
     if trap is None:
         return
     require(Can.TAMPER in attack.needs, f"{attack.name}: it sets a trap, so it needs 'tamper'")

@@ -111,8 +111,8 @@ def glass(
     )
     public = phantoms(48, site="public", signal=0.2, skew=0.0, own=0, seed=derive(seed, "public"))
     rng = torch.Generator().manual_seed(derive(seed, "trap"))
-    trap = attack.trap(task, public=public.anonymous(), rng=rng) if attack is not None else None
-    plan = _plan(goal, active=trap is not None)
+    active = attack is not None and (type(attack).trap is not Attack.trap or type(attack).aim is not Attack.aim)
+    plan = _plan(goal, active=active)
     names = [f"site {place}" for place in range(plan.sites)]
 
     def draw(place: int, what: str) -> Records:
@@ -122,9 +122,12 @@ def glass(
 
     members = [draw(place, "train") for place in range(plan.sites)]
     others = [draw(place, "test") for place in range(plan.sites)]
+    candidates = Records.concat([*members, *others])
+    trap = None
+    if attack is not None:
+        trap = attack.aim(task, public=public.anonymous(), candidates=candidates.anonymous(), rng=rng)
     nodes = {derive(seed, "node", place): place for place in range(plan.sites)}
     observations, models = _federate(task, plan, {n: members[p] for n, p in nodes.items()}, trap=trap, attack=attack, seed=seed)
-    candidates = Records.concat([*members, *others])
     exposed = Records.concat([records.take(range(0, len(records), 6)) for records in members])
     capture = Capture(
         granted=EVERYTHING if trap is not None else EVERYTHING & ~Can.TAMPER,
