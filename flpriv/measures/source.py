@@ -15,14 +15,18 @@ from flpriv.truth import Truth
 
 SOURCE = "source"
 """The attribute whose classes are nodes."""
+LABEL = ("label alone", "most frequent site of the label")
+"""What somebody guesses who knows a record's label and how labels lie at the sites, and has no model."""
 
 
 def findings(claims: Sequence[Attribute], truth: Truth, new: Callable[..., Finding], *, seed: int) -> list[Finding]:
     """One finding over all sites, then one per site: its recall.
 
     Scored on candidates that were trained on, for nobody else has a source. Nodes are translated to sites; a guess of a node
-    whose site is not known is wrong. Beside the share of the largest site stands chance, one in the number of clients claimed
-    about. One claim says what one round tells; accuracies of several rounds are not to be compared for the best of them.
+    whose site is not known is wrong. Beside the share of the largest site stand chance, one in the number of clients claimed
+    about, and the label alone: where sites' class shares differ, a local model prefers its site's labels. So does the null of a
+    site's recall: its share among records of the same label. One claim says what one round tells; accuracies of several rounds
+    are not to be compared for the best of them.
 
     Raises:
         ClaimError: for several claims, one of a wrong size, or where no member's site is known.
@@ -47,10 +51,16 @@ def findings(claims: Sequence[Attribute], truth: Truth, new: Callable[..., Findi
     classes = tuple(dict.fromkeys([*guessed, *sorted(set(site[rows].tolist()))]))
     codes = np.array([classes.index(name) for name in guessed], dtype=np.int64)
     ids = truth.candidates.patients or tuple(str(i) for i in range(count))
+    true = np.array([classes.index(name) for name in site[rows]], dtype=np.int64)
+    labels = truth.candidates.labels.numpy()[rows]
+    by_label = {label: np.bincount(true[labels == label]).argmax() for label in set(labels.tolist())}
     sample = Sample(
         classes=classes,
-        true=np.array([classes.index(name) for name in site[rows]], dtype=np.int64),
-        guesses={("", claim.probe): codes[claim.probabilities.argmax(1).cpu().numpy()][None, rows]},
+        true=true,
+        guesses={
+            ("", claim.probe): codes[claim.probabilities.argmax(1).cpu().numpy()][None, rows],
+            LABEL: np.array([[by_label[label] for label in labels.tolist()]], dtype=np.int64),
+        },
         site=site[rows],
         patient=np.asarray(ids)[rows],
     )
@@ -65,9 +75,10 @@ def findings(claims: Sequence[Attribute], truth: Truth, new: Callable[..., Findi
         second_null_name=f"chance, 1 in {len(claim.classes)} clients",
     )
     metrics = (*((headline,) if headline else ()), *found.metrics[1:])
-    shares = np.bincount(sample.true, minlength=len(classes)) / len(sample.true)
-    here = {name: sample.take(sample.site == name) for name in sorted(set(sample.site.tolist()))}
-    return [
-        replace(found, headline=headline, metrics=metrics),
-        *(at_site(own, new, name, float(shares[classes.index(name)])) for name, own in here.items()),
-    ]
+    found_at = []
+    for name in sorted(set(sample.site.tolist())):
+        here = sample.site == name
+        prior = np.mean([np.mean(here[labels == label]) for label in labels[here].tolist()])
+        own = replace(sample.take(here), guesses={key: guess[:, here] for key, guess in sample.guesses.items() if key != LABEL})
+        found_at.append(at_site(own, new, name, float(prior)))
+    return [replace(found, headline=headline, metrics=metrics), *found_at]

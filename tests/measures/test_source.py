@@ -22,11 +22,11 @@ NODES = {91: "east", 17: "north", 53: "west"}
 PLACES = tuple(NODES.values())
 
 
-def known(codes: list[int], members: list[bool], *, patients: tuple[str, ...] = ()) -> Truth:
+def known(codes: list[int], members: list[bool], *, patients: tuple[str, ...] = (), labels: list[int] | None = None) -> Truth:
     n = len(codes)
     records = Records(
         images=torch.zeros(n, 1, 2, 2),
-        labels=torch.zeros(n, dtype=torch.long),
+        labels=torch.tensor(labels or [0] * n),
         patients=patients or tuple(map(str, range(n))),
         attributes={"site": tuple(PLACES[code] for code in codes)},
     )
@@ -89,6 +89,20 @@ def test_guesses_at_random_are_not_told_from_the_null() -> None:
     finding = judge([guess(np.random.default_rng(5).integers(3, size=240).tolist())], known(true, members))[0]
     assert risk.judge(finding).level is Level.NONE
     assert any("Not told apart" in caveat for caveat in finding.caveats)
+
+
+def test_what_the_label_alone_tells_is_a_null() -> None:
+    """Labels that name the site in two of three cases leave nothing to a model that only knows labels."""
+    true, own, _ = drawn()
+    labels = [code if code < 2 else 0 for code in true]
+    overall = judge([guess(own)], known(true, [True] * 240, labels=labels))[0]
+    assert overall.headline is not None
+    assert overall.headline.null == pytest.approx(sum(code < 2 for code in true) / 240)
+    assert overall.headline.null_name == "label alone"
+    assert risk.judge(overall).level is Level.NONE
+    west = next(f for f in judge([guess(own)], known(true, [True] * 240, labels=labels)) if f.site == "west")
+    assert west.headline is not None
+    assert west.headline.null == pytest.approx(true.count(2) / (true.count(0) + true.count(2)))
 
 
 def test_a_site_without_a_reply_counts_as_wrong() -> None:
