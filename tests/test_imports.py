@@ -54,12 +54,13 @@ FLOWER = (
     "strategies/",
 )
 """Where Flower may be imported."""
-FAMILY_TOOLS = {"attacks": {"jobs"}, "clients": {"engine.config"}, "strategies": {"engine.config", "store"}}
-"""Tools a family may use beyond contracts: attacks train models side by side, both apps read the same run-config, and the wiretap
-writes captures."""
-FAMILY_TOOLS = {"clients": {"engine.config"}, "strategies": {"engine.config", "knowledge", "store"}}
-"""Tools a family may use beyond contracts: both apps read the same run-config, the wiretap writes captures, and a malicious
-operator holds the records it asks about."""
+FAMILY_TOOLS = {
+    "attacks": {"jobs"},
+    "clients": {"engine.config"},
+    "strategies": {"engine.config", "knowledge", "store"},
+}
+"""Tools a family may use beyond contracts: attacks train models side by side, both apps read the same run-config, the wiretap writes
+captures, and a malicious operator holds the records it asks about."""
 
 
 @dataclass(frozen=True)

@@ -84,7 +84,6 @@ def federated() -> Federation:
 
 
 @pytest.fixture(scope="session")
-<<<<<<< HEAD
 def known(federated: Federation) -> Federation:
     """The same with public images, and a recipe that the adversary knows."""
     capture, owner = federated
@@ -92,8 +91,9 @@ def known(federated: Federation) -> Federation:
     told = tuple(replace(seen, local=recipe, examples=EACH) for seen in capture.observations)
     granted = capture.granted | Can.KNOW_PUBLIC | Can.KNOW_LOCAL
     return replace(capture, granted=granted, observations=told, public=noise(60, seed=5)), owner
-=======
+
+
+@pytest.fixture(scope="session")
 def four_sites() -> Federation:
     """Six rounds of 20 steps at four sites."""
     return run(rounds=6, steps=20, lr=0.3, nodes=(11, 12, 13, 14))
->>>>>>> 586f5f2 (Membership over updates and rounds, and source inference scored on members)
