@@ -78,6 +78,25 @@ class Attribute:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Property:
+    """A guess whether more than a share of the records behind one update have a property.
+
+    Args:
+        property: ``"sex=F"``, ``"age>=60"``, …, as :func:`flpriv.property.has` reads it.
+        share: in [0, 1); 0 asks whether any record has it, .5 whether most have.
+        round: of the observation.
+        node: pseudonym.
+        probability: in [0, 1], that it is so.
+    """
+
+    property: str
+    share: float
+    round: int
+    node: int
+    probability: float
+
+
+@dataclass(frozen=True, kw_only=True)
 class PrivacyBound:
     """An empirical lower bound on epsilon.
 
@@ -98,4 +117,4 @@ class PrivacyBound:
     claimed: float | None = None
 
 
-Claim = Reconstruction | Membership | Attribute | PrivacyBound
+Claim = Reconstruction | Membership | Attribute | Property | PrivacyBound

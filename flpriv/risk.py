@@ -152,11 +152,17 @@ def _says(finding: Finding) -> str:
     what = {
         Goal.RECONSTRUCTION: f"rebuilds {value} of the attacked images ({metric.name.removeprefix('fraction at ')})",
         Goal.MEMBERSHIP: f"tells who took part with an {metric.name} of {value}",
-        Goal.ATTRIBUTE: f"guesses right for {value} of {'training' if 'on members' in metric.name else 'held-out'} images",
+        Goal.ATTRIBUTE: _attribute_says(metric, value),
         Goal.PRIVACY_BOUND: f"measures {metric.name} {value}",
     }[finding.goal]
     null = f"; {metric.null_name}: {_number(metric, metric.null)}" if metric.null is not None else ""
     return f"'{finding.attack}' {what}{null}"
+
+
+def _attribute_says(metric: Metric, value: str) -> str:
+    if metric.name == "AUC":
+        return f"tells updates of records with the property with an AUC of {value}"
+    return f"guesses right for {value} of {'training' if 'on members' in metric.name else 'held-out'} images"
 
 
 def _number(metric: Metric, value: float) -> str:

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from flpriv.claim import Attribute, Membership, PrivacyBound, Reconstruction
+from flpriv.claim import Attribute, Membership, PrivacyBound, Property, Reconstruction
 from flpriv.claims import Outcome, load_outcome, save_outcome
 from flpriv.errors import CaptureError
 from flpriv.files import private_folder, write_private
@@ -23,6 +23,7 @@ def outcome() -> Outcome:
                 attribute="site", classes=("a", "b"), probabilities=torch.rand(2, 2), probe="p", baseline="majority", repeat=2
             ),
             PrivacyBound(epsilon=1.5, delta=1e-5, confidence=0.95, ceiling=4.2, canaries=200),
+            Property(property="sex=F", share=0.5, round=2, node=7, probability=0.25),
         ),
         seconds=1.25,
     )
@@ -35,7 +36,7 @@ def test_round_trip(tmp_path: Path) -> None:
     assert back.status == "ok"
     assert back.seconds == 1.25
     assert [type(c) for c in back.claims] == [type(c) for c in outcome_.claims]
-    first, _, membership, attribute, bound = back.claims
+    first, _, membership, attribute, bound, property = back.claims
     assert isinstance(first, Reconstruction)
     assert isinstance(outcome_.claims[0], Reconstruction)
     assert torch.equal(first.images, outcome_.claims[0].images)
@@ -46,6 +47,7 @@ def test_round_trip(tmp_path: Path) -> None:
     assert isinstance(attribute, Attribute)
     assert attribute.classes == ("a", "b")
     assert bound == outcome_.claims[4]
+    assert property == outcome_.claims[5]
 
 
 def test_nothing_saved_is_none(tmp_path: Path) -> None:

@@ -27,6 +27,7 @@ CONTRACTS = {
         "finding",
         "model",
         "progress",
+        "property",
         "recipe",
         "records",
     ),

@@ -13,10 +13,11 @@ from torch import Tensor
 from flpriv.attack import Attack, ProtocolTrap
 from flpriv.bands import band, is_band
 from flpriv.capture import Capture
-from flpriv.claim import Attribute, Claim, Goal, Membership, PrivacyBound, Reconstruction
+from flpriv.claim import Attribute, Claim, Goal, Membership, PrivacyBound, Property, Reconstruction
 from flpriv.errors import ThreatError
 from flpriv.measures.images import all_mse, psnr
 from flpriv.measures.membership import auc
+from flpriv.property import has
 from flpriv.records import Records
 from flpriv.secure_aggregation import Unmask
 from flpriv.state import State
@@ -25,11 +26,11 @@ from flpriv.testing.plugins import check_plugin, global_seed, require, same
 from flpriv.threat import Can, spell
 from flpriv.truth import Truth
 
-KINDS = {
-    Goal.RECONSTRUCTION: Reconstruction,
-    Goal.MEMBERSHIP: Membership,
-    Goal.ATTRIBUTE: Attribute,
-    Goal.PRIVACY_BOUND: PrivacyBound,
+KINDS: Mapping[Goal, tuple[type[Claim], ...]] = {
+    Goal.RECONSTRUCTION: (Reconstruction,),
+    Goal.MEMBERSHIP: (Membership,),
+    Goal.ATTRIBUTE: (Attribute, Property),
+    Goal.PRIVACY_BOUND: (PrivacyBound,),
 }
 MARGINS = {Goal.RECONSTRUCTION: 3.0, Goal.MEMBERSHIP: 0.1, Goal.ATTRIBUTE: 0.1, Goal.PRIVACY_BOUND: 0.1}
 """By how much :func:`score` must be better with the evidence than without: dB, AUC, accuracy, ε."""
@@ -97,6 +98,9 @@ def _psnr(claims: Sequence[Reconstruction], truth: Truth) -> float:
 def _value(claim: Claim, truth: Truth) -> float:
     if isinstance(claim, PrivacyBound):
         return claim.epsilon
+    if isinstance(claim, Property):
+        held, known = has(truth.used[claim.round, claim.node], claim.property)
+        return float((claim.probability > 0.5) == (float(held.sum()) > claim.share * float(known.sum())))
     if truth.candidates is None or truth.members is None:
         raise ValueError("the truth of this federation names no candidates")
     if isinstance(claim, Membership):
@@ -189,7 +193,9 @@ def _check_claims(attack: Attack, claims: Sequence[Claim], capture: Capture) -> 
     expected = KINDS[attack.goal]
     for claim in claims:
         require(
-            isinstance(claim, expected), f"{attack.name}: its goal asks for {expected.__name__}, it claims {type(claim).__name__}"
+            isinstance(claim, expected),
+            f"{attack.name}: its goal asks for {' or '.join(kind.__name__ for kind in expected)}, "
+            f"it claims {type(claim).__name__}",
         )
         for wrong in _faults(claim, capture):
             raise AssertionError(f"{attack.name}: {wrong}")
@@ -220,6 +226,11 @@ def _faults(claim: Claim, capture: Capture) -> Iterator[str]:
             yield f"probabilities have shape {tuple(rows.shape)}, expected ({count}, {len(claim.classes)})"
         elif not bool((rows >= 0).all()) or not torch.allclose(rows.double().sum(1), torch.ones(count).double(), atol=1e-4):
             yield "rows of probabilities must be ≥ 0 and sum to 1"
+    elif isinstance(claim, Property):
+        if (claim.round, claim.node) not in _observed(capture):
+            yield f"nothing was observed in round {claim.round} of node {claim.node}"
+        if not 0 <= claim.probability <= 1:
+            yield f"probability {claim.probability} is not in [0, 1]"
     elif not 0 <= claim.epsilon <= claim.ceiling or not 0 < claim.delta < 1:
         yield f"epsilon = {claim.epsilon}, ceiling = {claim.ceiling}, delta = {claim.delta} make no bound"
 

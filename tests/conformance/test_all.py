@@ -13,6 +13,7 @@ from flpriv.testing import check_attack, check_defense
 SHORTER: Mapping[str, Mapping[str, Any]] = {
     "inverting-gradients": {"iterations": 100},
     "model-inconsistency": {"then": "dense-relu"},
+    "property-inference": {"updates": 20, "spread": 1},
     "site-inference": {"repeats": 1},
 }
 """Options that make an iterative attack fast enough for five runs; the others are checked as they come."""
