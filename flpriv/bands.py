@@ -23,15 +23,21 @@ def bands(edges: Sequence[int]) -> tuple[str, ...]:
 
 def band(age: str, names: Sequence[str]) -> str:
     """The band among ``names`` that holds ``age`` (years, a number as text); ``""`` where it is unknown or in none of them."""
-    try:
-        years = math.floor(float(age))
-    except (ValueError, OverflowError):
-        return ""
-    for name in names:
+    known = years(age)
+    for name in names if known is not None else ():
         low, dash, high = name.removesuffix("+").partition("-")
-        if int(low) <= years and (not dash or years <= int(high)):
+        if int(low) <= math.floor(known or 0) and (not dash or math.floor(known or 0) <= int(high)):
             return name
     return ""
+
+
+def years(age: str) -> float | None:
+    """``age`` as a finite number; ``None`` where it is unknown."""
+    try:
+        number = float(age)
+    except ValueError:
+        return None
+    return number if math.isfinite(number) else None
 
 
 def is_band(name: str) -> bool:

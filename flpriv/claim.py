@@ -97,6 +97,25 @@ class Property:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Estimate:
+    """An estimate of one numeric attribute of each of the capture's candidates.
+
+    Args:
+        attribute: ``"age"``.
+        values: ``(N,)`` float64 in the attribute's own unit (years).
+        probe: what made the estimate (``"ridge regression"``, ``"head"``).
+        baseline: empty for the attack itself; else the name of the baseline this claim is (``"mean age"``).
+        repeat: index of the repetition (seed).
+    """
+
+    attribute: str
+    values: Tensor
+    probe: str
+    baseline: str = ""
+    repeat: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
 class PrivacyBound:
     """An empirical lower bound on epsilon.
 
@@ -117,4 +136,4 @@ class PrivacyBound:
     claimed: float | None = None
 
 
-Claim = Reconstruction | Membership | Attribute | Property | PrivacyBound
+Claim = Reconstruction | Membership | Attribute | Estimate | Property | PrivacyBound

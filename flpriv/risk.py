@@ -162,6 +162,8 @@ def _says(finding: Finding) -> str:
 def _attribute_says(metric: Metric, value: str) -> str:
     if metric.name == "AUC":
         return f"tells updates of records with the property with an AUC of {value}"
+    if metric.name.startswith("R²"):
+        return f"estimates ages with an R² of {value}"
     return f"guesses right for {value} of {'training' if 'on members' in metric.name else 'held-out'} images"
 
 

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from flpriv.bands import band, bands, is_band
+from flpriv.bands import band, bands, is_band, years
 from flpriv.errors import ScenarioError
 
 
@@ -18,6 +18,10 @@ def test_bands_cover_every_age_once() -> None:
 @pytest.mark.parametrize("age", ["", "unknown", "nan", "inf", "-3"])
 def test_unknown_ages_are_in_no_band(age: str) -> None:
     assert band(age, bands((40,))) == ""
+
+
+def test_years_are_finite_numbers_or_unknown() -> None:
+    assert [years(age) for age in ("61.5", "0", "", "unknown", "nan", "inf")] == [61.5, 0.0, None, None, None, None]
 
 
 @pytest.mark.parametrize("name", ["F", "site-1", "a", "-", "3", "+", "1-", ""])

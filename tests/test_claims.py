@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from flpriv.claim import Attribute, Membership, PrivacyBound, Property, Reconstruction
+from flpriv.claim import Attribute, Estimate, Membership, PrivacyBound, Property, Reconstruction
 from flpriv.claims import Outcome, load_outcome, save_outcome
 from flpriv.errors import CaptureError
 from flpriv.files import private_folder, write_private
@@ -24,6 +24,7 @@ def outcome() -> Outcome:
             ),
             PrivacyBound(epsilon=1.5, delta=1e-5, confidence=0.95, ceiling=4.2, canaries=200),
             Property(property="sex=F", share=0.5, round=2, node=7, probability=0.25),
+            Estimate(attribute="age", values=torch.rand(4, dtype=torch.float64), probe="head", baseline="mean age", repeat=1),
         ),
         seconds=1.25,
     )
@@ -36,7 +37,7 @@ def test_round_trip(tmp_path: Path) -> None:
     assert back.status == "ok"
     assert back.seconds == 1.25
     assert [type(c) for c in back.claims] == [type(c) for c in outcome_.claims]
-    first, _, membership, attribute, bound, property = back.claims
+    first, _, membership, attribute, bound, property, estimate = back.claims
     assert isinstance(first, Reconstruction)
     assert isinstance(outcome_.claims[0], Reconstruction)
     assert torch.equal(first.images, outcome_.claims[0].images)
@@ -48,6 +49,8 @@ def test_round_trip(tmp_path: Path) -> None:
     assert attribute.classes == ("a", "b")
     assert bound == outcome_.claims[4]
     assert property == outcome_.claims[5]
+    assert isinstance(estimate, Estimate)
+    assert (estimate.values.dtype, estimate.baseline, estimate.repeat) == (torch.float64, "mean age", 1)
 
 
 def test_nothing_saved_is_none(tmp_path: Path) -> None:

@@ -60,7 +60,7 @@ FAMILY_TOOLS = {
     "clients": {"engine.config"},
     "strategies": {"engine.config", "knowledge", "store"},
 }
-"""Tools a family may use beyond contracts: attacks train models side by side, both apps read the same run-config, the wiretap writes
+"""Tools a family may use beyond contracts: attacks train models side by side, both apps read one run-config, the wiretap writes
 captures, and a malicious operator holds the records it asks about."""
 
 

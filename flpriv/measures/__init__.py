@@ -1,9 +1,9 @@
 """Measures: where claims meet truth. Pure functions; every number with its interval, sample size and null.
 
 Each goal has a module: :mod:`~flpriv.measures.reconstruction`, :mod:`~flpriv.measures.membership`,
-:mod:`~flpriv.measures.attribute` (:mod:`~flpriv.measures.source` where records are traced to clients, and
-:mod:`~flpriv.measures.property` where claims are about updates),
-:mod:`~flpriv.measures.privacy`; :mod:`~flpriv.measures.utility` says what the model is worth.
+:mod:`~flpriv.measures.attribute` (:mod:`~flpriv.measures.estimate` of numbers, :mod:`~flpriv.measures.source` where records are
+traced to clients, and :mod:`~flpriv.measures.property` where claims are about updates), :mod:`~flpriv.measures.privacy`;
+:mod:`~flpriv.measures.utility` says what the model is worth.
 """
 
 from __future__ import annotations
@@ -12,12 +12,12 @@ from collections.abc import Sequence
 from functools import partial
 from typing import TypeVar
 
-from flpriv.claim import Attribute, Claim, Goal, Membership, PrivacyBound, Property, Reconstruction
+from flpriv.claim import Attribute, Claim, Estimate, Goal, Membership, PrivacyBound, Property, Reconstruction
 from flpriv.errors import ClaimError
 from flpriv.finding import Finding
 from flpriv.truth import Truth
 
-C = TypeVar("C", Reconstruction, Membership, Attribute, Property, PrivacyBound)
+C = TypeVar("C", Reconstruction, Membership, Attribute, Estimate, Property, PrivacyBound)
 
 
 def measure(
@@ -38,7 +38,7 @@ def measure(
     Raises:
         ClaimError: for no claims, claims of another kind, or claims that do not fit the truth; says what is wrong.
     """
-    from flpriv.measures import attribute, membership, privacy, property, reconstruction, source
+    from flpriv.measures import attribute, estimate, membership, privacy, property, reconstruction, source
 
     new = partial(Finding, attack=attack, name=name, goal=goal, setting=setting, defense=defense)
     match goal:
@@ -49,6 +49,8 @@ def measure(
         case Goal.ATTRIBUTE:
             if any(isinstance(claim, Property) for claim in claims):
                 return property.findings(_only(claims, Property, name), truth, new)
+            if any(isinstance(claim, Estimate) for claim in claims):
+                return estimate.findings(_only(claims, Estimate, name), truth, new, seed=seed)
             guesses = _only(claims, Attribute, name)
             if all(guess.attribute == source.SOURCE for guess in guesses):
                 return source.findings(guesses, truth, new, seed=seed)

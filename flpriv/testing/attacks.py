@@ -13,7 +13,7 @@ from torch import Tensor
 from flpriv.attack import Attack, ProtocolTrap
 from flpriv.bands import band, is_band
 from flpriv.capture import Capture
-from flpriv.claim import Attribute, Claim, Goal, Membership, PrivacyBound, Property, Reconstruction
+from flpriv.claim import Attribute, Claim, Estimate, Goal, Membership, PrivacyBound, Property, Reconstruction
 from flpriv.errors import ThreatError
 from flpriv.measures.images import all_mse, psnr
 from flpriv.measures.membership import auc
@@ -29,7 +29,7 @@ from flpriv.truth import Truth
 KINDS: Mapping[Goal, tuple[type[Claim], ...]] = {
     Goal.RECONSTRUCTION: (Reconstruction,),
     Goal.MEMBERSHIP: (Membership,),
-    Goal.ATTRIBUTE: (Attribute, Property),
+    Goal.ATTRIBUTE: (Attribute, Estimate, Property),
     Goal.PRIVACY_BOUND: (PrivacyBound,),
 }
 MARGINS = {Goal.RECONSTRUCTION: 3.0, Goal.MEMBERSHIP: 0.1, Goal.ATTRIBUTE: 0.1, Goal.PRIVACY_BOUND: 0.1}
@@ -82,7 +82,7 @@ def score(claims: Sequence[Claim], truth: Truth) -> float:
     """
     if any(isinstance(claim, Reconstruction) for claim in claims):
         return _psnr([claim for claim in claims if isinstance(claim, Reconstruction)], truth)
-    values = [_value(claim, truth) for claim in claims if not (isinstance(claim, Attribute) and claim.baseline)]
+    values = [_value(claim, truth) for claim in claims if not (isinstance(claim, Attribute | Estimate) and claim.baseline)]
     return sum(values) / len(values) if values else 0.0
 
 
@@ -113,6 +113,9 @@ def _value(claim: Claim, truth: Truth) -> float:
         named = [truth.site_of.get(int(node), "") for node in claim.classes]
         guessed = torch.tensor([named[k] == site for k, site in _sources(claim, truth.candidates)])
         return float(guessed[truth.members].double().mean())
+    if isinstance(claim, Estimate):
+        known = torch.tensor([float(value) for value in truth.candidates.attributes[claim.attribute]], dtype=torch.float64)
+        return 1 - float((known - claim.values).square().sum() / (known - known.mean()).square().sum())
     if isinstance(claim, Attribute):
         guesses = [claim.classes[place] for place in claim.probabilities.argmax(1).tolist()]
         true = [_named(value, claim.classes) for value in truth.candidates.attributes[claim.attribute]]
@@ -226,6 +229,9 @@ def _faults(claim: Claim, capture: Capture) -> Iterator[str]:
             yield f"probabilities have shape {tuple(rows.shape)}, expected ({count}, {len(claim.classes)})"
         elif not bool((rows >= 0).all()) or not torch.allclose(rows.double().sum(1), torch.ones(count).double(), atol=1e-4):
             yield "rows of probabilities must be ≥ 0 and sum to 1"
+    elif isinstance(claim, Estimate):
+        if tuple(claim.values.shape) != (count,) or not bool(claim.values.isfinite().all()):
+            yield f"estimates have shape {tuple(claim.values.shape)}, expected ({count},), all finite"
     elif isinstance(claim, Property):
         if (claim.round, claim.node) not in _observed(capture):
             yield f"nothing was observed in round {claim.round} of node {claim.node}"
