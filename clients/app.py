@@ -21,6 +21,7 @@ from flwr.common.constant import ErrorCode
 from torch import nn
 
 from flpriv import data
+from flpriv.arrangement import ArrangedSplit, Node
 from flpriv.clients.metrics import evaluate as measure
 from flpriv.clients.secure_aggregation import masked
 from flpriv.clients.training import Trained, train
@@ -32,7 +33,6 @@ from flpriv.files import private_folder
 from flpriv.records import Records
 from flpriv.registry import create
 from flpriv.seeds import derive
-from flpriv.site import Split
 from flpriv.state import check_finite, check_like
 from flpriv.task import Task
 from flpriv.witness import Witness, site_folder
@@ -97,7 +97,7 @@ class _Visit:
 
     Args:
         run: scenario and setting.
-        site: index of the site.
+        site: index of the site, or of the node that the setting's arrangement has in place of sites.
         round: 1, 2, ….
         architecture: label of the attack whose model definition came with the message, or empty.
         mu: weight of FedProx' proximal term, 0 for other strategies.
@@ -127,7 +127,7 @@ class _Visit:
         seeds = [derive(self.noise_seed, self.site, self.round, "defense", label) for label in labels]
         return tuple(
             Local(
-                site=data.sites(scenario)[self.site].name,
+                site=self.node.name,
                 round=self.round,
                 rng=torch.Generator().manual_seed(seed),
                 folder=private_folder(self.folder),
@@ -138,8 +138,12 @@ class _Visit:
             for seed in seeds
         )
 
-    def records(self, split: Split) -> Records:
-        return data.records(self.run.scenario, self.site, split)
+    @property
+    def node(self) -> Node:
+        return data.nodes(self.run.scenario, self.run.setting.arrangement)[self.site]
+
+    def records(self, split: ArrangedSplit) -> Records:
+        return data.node_records(self.run.scenario, self.run.setting.arrangement, self.site, split)
 
     def model(self, message: Message, device: torch.device) -> nn.Module:
         """The agreed model with the weights received.
@@ -187,7 +191,7 @@ class _Visit:
         """What was really done."""
         ids = self.records("train").ids
         return Witness(
-            site=data.sites(self.run.scenario)[self.site].name,
+            site=self.node.name,
             node=node,
             round=self.round,
             steps=tuple(tuple(ids[row] for row in rows) for done in self.trained for rows in done.steps),

@@ -13,7 +13,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from flpriv import data, engine, jobs, risk, verdicts
+from flpriv.arrangement import FEDERATED
 from flpriv.attack import Attack
+from flpriv.claim import Goal
 from flpriv.claims import Outcome, load_outcome, save_outcome
 from flpriv.errors import FlprivError, RunError, ScenarioError, ThreatError
 from flpriv.files import private_folder
@@ -160,10 +162,24 @@ def check(scenario: Scenario) -> None:
     threat = scenario.threat
     for setting in scenario.settings():
         data.task(scenario, setting.defenses).build()
+        _check_members(scenario, setting)
         if setting.trap and Can.TAMPER not in threat.granted:
             raise ScenarioError(
                 f"attacks.{setting.trap}: an active attack needs 'tamper', which threat.model = {threat.name!r} does not grant; "
                 "use threat.model = 'malicious-server' or threat.grant = ['tamper']"
+            )
+
+
+def _check_members(scenario: Scenario, setting: Setting) -> None:
+    """Candidates count as members by whether their site trains; where one site trains alone that would be wrong."""
+    if setting.arrangement != "siloed":
+        return
+    for spec in map(scenario.attack, setting.attacks):
+        if create("attacks", spec.attack, spec.options, files=scenario.plugins).goal is Goal.MEMBERSHIP:
+            rest = [stack for stack in scenario.compare if stack != setting.defense]
+            raise ScenarioError(
+                f"attacks.{spec.label}: under {setting.defense!r} one site trains alone, and candidates of the others would "
+                f"count as members; name the stacks to run it against, e.g. attacks.{spec.label}.against = {json.dumps(rest)}"
             )
 
 
@@ -259,6 +275,7 @@ def _result(scenario: Scenario, setting: Setting, where: Path, witnesses: Sequen
     return SettingResult(
         id=setting.id,
         defense=setting.defense,
+        nodes=tuple(node.name for node in data.nodes(scenario, setting.arrangement)),
         trap=setting.trap,
         recipe=in_words(setting.local),
         rounds=setting.rounds,
@@ -404,7 +421,11 @@ def not_granted(verdict: Verdict) -> tuple[str, ...]:
 def _inactive(scenario: Scenario, folder: RunFolder) -> list[str]:
     """Defences under which the shared federation ended with the very weights of the undefended one, though they act on them."""
     known = plugins("defenses", files=scenario.plugins)
-    shared = {s.defense: folder.setting(s) / "final.safetensors" for s in scenario.settings() if s.id == s.defense}
+    shared = {
+        s.defense: folder.setting(s) / "final.safetensors"
+        for s in scenario.settings()
+        if s.id == s.defense and s.arrangement == FEDERATED
+    }
     if UNDEFENDED not in shared:
         return []
     bare = shared.pop(UNDEFENDED).read_bytes()

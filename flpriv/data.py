@@ -7,10 +7,12 @@ import os
 import re
 from collections.abc import Mapping
 from functools import lru_cache
+from itertools import accumulate
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from flpriv.errors import DataError, ScenarioError
+from flpriv.arrangement import FEDERATED, ArrangedSplit, Arrangement, Node, arrange
+from flpriv.errors import DataError, ScenarioError, near
 from flpriv.registry import create, find, plugins
 from flpriv.site import Site, Sites, Split, SplitPlan, load, split_patients
 from flpriv.task import Task
@@ -50,6 +52,33 @@ def records(scenario: Scenario, site: int, split: Split) -> Records:
     if not 0 <= site < len(known):
         raise DataError(f"no site with index {site}: the source has {len(known)} sites")
     return _records(_key(scenario), site, split)
+
+
+def nodes(scenario: Scenario, arrangement: Arrangement = FEDERATED) -> tuple[Node, ...]:
+    """Who trains on whose records under an arrangement; no image is read.
+
+    Raises:
+        ScenarioError: if ``federation.silo`` is no site.
+        DataError: as :func:`sites`.
+    """
+    silo, names = scenario.federation.silo, [site.name for site in sites(scenario)]
+    if silo is not None and silo not in names:
+        raise ScenarioError(f"federation.silo: no site is called {silo!r}{near(silo, names)}")
+    return _nodes(_key(scenario), arrangement, silo, scenario.seed)
+
+
+def node_records(scenario: Scenario, arrangement: Arrangement, node: int, split: ArrangedSplit) -> Records:
+    """The images of one split of the node at index ``node``; attribute ``"site"`` tells where each comes from.
+
+    Raises:
+        DataError: if there is no such node, or an image cannot be read.
+    """
+    if arrangement in (FEDERATED, "untrained"):
+        return records(scenario, node, split)
+    known = nodes(scenario, arrangement)
+    if not 0 <= node < len(known):
+        raise DataError(f"no node with index {node}: the arrangement {arrangement!r} has {len(known)} nodes")
+    return _node_records(_key(scenario), arrangement, scenario.federation.silo, scenario.seed, node, split)
 
 
 def task(scenario: Scenario, defenses: tuple[str, ...] = ()) -> Task:
@@ -122,3 +151,18 @@ def _sites(key: str) -> tuple[Site, ...]:
 @lru_cache(maxsize=4096)
 def _records(key: str, site: int, split: Split) -> Records:
     return load(_sites(key)[site], split, shape=_source(key).shape)
+
+
+@lru_cache(maxsize=16)
+def _nodes(key: str, arrangement: Arrangement, silo: str | None, seed: int) -> tuple[Node, ...]:
+    return arrange(_sites(key), arrangement, silo=silo, seed=seed)
+
+
+@lru_cache(maxsize=256)
+def _node_records(key: str, arrangement: Arrangement, silo: str | None, seed: int, node: int, split: ArrangedSplit) -> Records:
+    from flpriv.records import Records
+
+    everyone = [_records(key, site, split) for site in range(len(_sites(key)))]
+    first = list(accumulate(map(len, everyone), initial=0))
+    places = _nodes(key, arrangement, silo, seed)[node].places(split)
+    return Records.concat(everyone).take([first[site] + row for site, row in places])

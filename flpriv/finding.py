@@ -202,6 +202,7 @@ class SettingResult:
         epsilon: claimed epsilon by site, where a defence accounts for it.
         seconds: wall time of training.
         events: what went wrong or was refused.
+        nodes: who trained: names of the sites, or of the nodes that the setting's arrangement has in their place.
     """
 
     id: str
@@ -215,6 +216,7 @@ class SettingResult:
     epsilon: Mapping[str, float] = field(default_factory=dict)
     seconds: float = 0.0
     events: tuple[Event, ...] = ()
+    nodes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -72,12 +72,9 @@ def gather(scenario: Scenario) -> Knowledge:
 def truth(scenario: Scenario, knowledge: Knowledge, witnesses: Sequence[Witness]) -> Truth:
     """What really happened in one federation, from the sites' witnesses."""
     sites = data.sites(scenario)
-    place = {site.name: index for index, site in enumerate(sites)}
-    used: dict[tuple[int, int], Records] = {}
-    for witness in witnesses:
-        own = data.records(scenario, place[witness.site], "train")
-        row = {id: i for i, id in enumerate(own.ids)}
-        used[witness.round, witness.node] = own.take([row[id] for id in witness.used])
+    trained = _trained(scenario)
+    row = {id: i for i, id in enumerate(trained.ids)}
+    used = {(witness.round, witness.node): trained.take([row[id] for id in witness.used]) for witness in witnesses}
     everyone = [data.records(scenario, index, split) for index in range(len(sites)) for split in ("train", "test")]
     return Truth(
         used=used,
@@ -91,13 +88,14 @@ def truth(scenario: Scenario, knowledge: Knowledge, witnesses: Sequence[Witness]
 
 def labels(scenario: Scenario, witnesses: Sequence[Witness]) -> dict[tuple[int, int], Tensor]:
     """The labels behind each update, in order of use, by (round, node)."""
-    place = {site.name: index for index, site in enumerate(data.sites(scenario))}
-    found = {}
-    for witness in witnesses:
-        own = data.records(scenario, place[witness.site], "train")
-        row = {id: i for i, id in enumerate(own.ids)}
-        found[witness.round, witness.node] = own.labels[[row[id] for step in witness.steps for id in step]]
-    return found
+    trained = _trained(scenario)
+    row = {id: i for i, id in enumerate(trained.ids)}
+    return {(w.round, w.node): trained.labels[[row[id] for step in w.steps for id in step]] for w in witnesses}
+
+
+def _trained(scenario: Scenario) -> Records:
+    """The training records of all sites: ids tell them apart, whichever node an arrangement gives them to."""
+    return Records.concat([data.records(scenario, index, "train") for index in range(len(data.sites(scenario)))])
 
 
 def _patients(records: Records, share: float, *, seed: int) -> list[str]:

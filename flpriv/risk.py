@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
+from flpriv.arrangement import FEDERATED, arrangement_of
 from flpriv.claim import Goal
 from flpriv.finding import Finding, Level, Metric, SettingResult
 
@@ -57,7 +58,15 @@ def sentence(findings: Sequence[Finding], adversary: str) -> tuple[Level, str]:
         )
     text = f"The {adversary} adversary reaches a {top.level.name.lower()} risk on the undefended federation: {_says(top)}."
     stopped = sorted(
-        {f.defense for f in findings if not f.site and f.defense != "none" and f.attack == top.attack and f.level <= Level.LOW}
+        {
+            f.defense
+            for f in findings
+            if not f.site
+            and f.defense != "none"
+            and f.attack == top.attack
+            and f.level <= Level.LOW
+            and arrangement_of(f.defense) == FEDERATED
+        }
     )
     if Level.UNKNOWN in {f.level for f in plain}:
         text += " Some attacks gave no result."

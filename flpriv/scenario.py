@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 import re
 import tomllib
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import ConfigDict, Field
 
+from flpriv.arrangement import FEDERATED, RESERVED, Arrangement, arrangement_of
 from flpriv.errors import ScenarioError, near
 from flpriv.recipe import LocalRecipe
 from flpriv.registry import Kind, plugins, validate
@@ -71,6 +72,8 @@ class FederationTable:
         timeout: seconds to wait for a round's replies.
         secure_aggregation: training runs Flower's SecAgg+ protocol with these options; ``true`` takes them as they come, and
             ``None`` or ``false`` leaves it out.
+        silo: name of the site that trains alone where ``compare`` asks for ``"siloed"``; the one with most training records if
+            not given.
     """
 
     __pydantic_config__ = ConfigDict(extra="forbid")
@@ -81,6 +84,7 @@ class FederationTable:
     local: LocalRecipe = LocalRecipe()
     timeout: Annotated[float, Field(gt=0)] = 3600.0
     secure_aggregation: SecureAggregation | None = None
+    silo: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -162,7 +166,7 @@ class Setting:
 
     Args:
         id: folder name.
-        defense: labels of the defences joined by ``+``, or ``"none"``.
+        defense: labels of the defences and at most one arrangement joined by ``+``, or ``"none"``.
         trap: label of the active attack whose trap is delivered, or empty.
         local: the local recipe.
         rounds: number of rounds.
@@ -179,7 +183,12 @@ class Setting:
     @property
     def defenses(self) -> tuple[str, ...]:
         """Labels of the stacked defences, the one that touches the update first in front."""
-        return () if self.defense == UNDEFENDED else tuple(self.defense.split("+"))
+        return tuple(label for label in self.defense.split("+") if label != UNDEFENDED and label not in RESERVED)
+
+    @property
+    def arrangement(self) -> Arrangement:
+        """Who trains on whose records."""
+        return arrangement_of(self.defense)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -191,7 +200,7 @@ class Scenario:
         seed: of everything random.
         engine: ``"inline"`` or ``"simulation"``.
         plugins: Python files with further attacks, defences, …, absolute.
-        compare: stacks of defences to run, e.g. ``("none", "dp-sgd", "clip+top-k")``.
+        compare: stacks of defences and arrangements to run, e.g. ``("none", "dp-sgd", "clip+top-k", "centralised+dp-sgd")``.
         root: the folder relative paths start from.
     """
 
@@ -235,11 +244,19 @@ class Scenario:
         base, found = self.federation, []
         active = _active(self)
         for defense in self.compare:
+            untrained = arrangement_of(defense) == "untrained"
             chosen = [a for a in self.attacks if a.against is None or defense in a.against]
             shared = [a.label for a in chosen if a.label not in active and a.local is None and a.rounds is None]
             if shared or not self.attacks:
                 found.append(
-                    Setting(id=defense, defense=defense, trap="", local=base.local, rounds=base.rounds, attacks=tuple(shared))
+                    Setting(
+                        id=defense,
+                        defense=defense,
+                        trap="",
+                        local=base.local,
+                        rounds=0 if untrained else base.rounds,
+                        attacks=tuple(shared),
+                    )
                 )
             for spec in chosen:
                 if spec.label not in shared:
@@ -249,7 +266,7 @@ class Scenario:
                             defense=defense,
                             trap=spec.label if spec.label in active else "",
                             local=spec.local or base.local,
-                            rounds=spec.rounds or base.rounds,
+                            rounds=0 if untrained else spec.rounds or base.rounds,
                             attacks=(spec.label,),
                         )
                     )
@@ -288,7 +305,8 @@ class Scenario:
                 "secure_aggregation": False if (secure := self.federation.secure_aggregation) is None else asdict(secure),
                 "options": dict(self.federation.options),
                 "local": _given(self.federation.local),
-            },
+            }
+            | ({} if self.federation.silo is None else {"silo": self.federation.silo}),
             "threat": {
                 key: list(value) if isinstance(value, tuple) else value for key, value in asdict(self.threat_table).items()
             },
@@ -376,9 +394,7 @@ def _check(scenario: Scenario) -> None:
     stacks = [("compare", stack) for stack in scenario.compare]
     stacks += [(f"attacks.{spec.label}.against", stack) for spec in scenario.attacks for stack in spec.against or ()]
     for where, stack in stacks:
-        for label in () if stack == UNDEFENDED else stack.split("+"):
-            if label not in labels:
-                raise ScenarioError(f"{where}: no defense labelled {label!r}{near(label, labels)}")
+        _check_stack(where, stack, labels)
     named: dict[Kind, dict[str, str]] = {
         "attacks": {a.label: a.attack for a in scenario.attacks},
         "defenses": {d.label: d.defense for d in scenario.defenses},
@@ -391,6 +407,36 @@ def _check(scenario: Scenario) -> None:
                 raise ScenarioError(f"{kind}.{label}: unknown {kind.removesuffix('s')} {name!r}{near(name, registered)}")
     if ":" not in scenario.model.name and scenario.model.name not in (models := plugins("models", files=scenario.plugins)):
         raise ScenarioError(f"model.name: unknown model {scenario.model.name!r}{near(scenario.model.name, models)}")
+    _check_alone(scenario)
+
+
+def _check_stack(where: str, stack: str, labels: Collection[str]) -> None:
+    """Every part of a stack is known, and at most one is an arrangement."""
+    parts = () if stack == UNDEFENDED else stack.split("+")
+    for label in parts:
+        if label not in labels and label not in RESERVED:
+            raise ScenarioError(
+                f"{where}: no defense labelled {label!r} and no such arrangement{near(label, [*labels, *RESERVED])}"
+            )
+    if len(named := [label for label in parts if label in RESERVED]) > 1:
+        raise ScenarioError(f"{where}: {stack!r} names {len(named)} arrangements ({', '.join(named)}); leave one")
+
+
+def _check_alone(scenario: Scenario) -> None:
+    """Where one node trains alone or nobody trains there is nothing to add up and no site to send a trap to."""
+    alone = [stack for stack in scenario.compare if arrangement_of(stack) not in (FEDERATED, "iid")]
+    if alone and scenario.federation.secure_aggregation is not None:
+        raise ScenarioError(
+            f"compare: {alone[0]!r} has no updates of several sites to add up; leave it out, or federation.secure_aggregation"
+        )
+    active = _active(scenario) if alone else set()
+    for spec in scenario.attacks:
+        if spec.label in active and (lured := [stack for stack in alone if spec.against is None or stack in spec.against]):
+            rest = [stack for stack in scenario.compare if stack not in alone]
+            raise ScenarioError(
+                f"attacks.{spec.label}: an active attack needs sites that train what a server sends them, and {lured[0]!r} has "
+                f"none; name the stacks to run it against, e.g. attacks.{spec.label}.against = {json.dumps(rest)}"
+            )
 
 
 def _sites(table: Mapping[str, Any]) -> SitesTable:
@@ -444,6 +490,8 @@ def _defense(label: str, table: Any) -> DefenseSpec:
 def _labelled_table(where: str, label: str, table: Any) -> dict[str, Any]:
     if not isinstance(table, Mapping):
         raise ScenarioError(f"{where}.{label} must be a table, e.g. [{where}.{label}]")
+    if label in RESERVED:
+        raise ScenarioError(f"{where}.{label}: {label!r} is an arrangement that compare may name; choose another label")
     if not LABEL.fullmatch(label) or label == UNDEFENDED or "--" in label:
         raise ScenarioError(f"{where}.{label}: a label is letters, digits, '.', '_' and single '-', and not {UNDEFENDED!r}")
     return dict(table)

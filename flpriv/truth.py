@@ -16,7 +16,7 @@ class Truth:
 
     Args:
         used: ``(round, node)`` to the distinct records that node's local steps used, in order of first use.
-        site_of: node to the name of its site.
+        site_of: node to the name of its site, or of the node that an arrangement has in place of sites.
         members: ``(N,)`` bool: which candidates some site trained on.
         candidates: the candidates with ids, patients and attributes (``"site"`` tells whose each is).
         everyone: every record of every site, for re-identification.

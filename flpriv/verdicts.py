@@ -138,6 +138,7 @@ def _setting(table: Table) -> SettingResult:
             "epsilon": {site: float(value) for site, value in table["epsilon"].items()},
             "seconds": float(table["seconds"]),
             "events": tuple(Event(**event) for event in table["events"]),
+            "nodes": tuple(table.get("nodes", ())),
         }
     )
 

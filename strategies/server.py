@@ -65,7 +65,7 @@ def main(grid: Grid, context: Context) -> None:
 
 def _train(grid: Grid, config: RunConfig, *, tapped: bool) -> tuple[Result, History]:
     scenario, setting, out = config.scenario, config.setting, private_folder(config.out)
-    sites = len(data.sites(scenario))
+    sites = len(data.nodes(scenario, setting.arrangement))
     task = data.task(scenario, setting.defenses)
     ordered = OrderedGrid.wait(grid, sites, timeout=scenario.federation.timeout)
     seed = derive(scenario.seed, "server", setting.id)
@@ -88,7 +88,7 @@ def _train(grid: Grid, config: RunConfig, *, tapped: bool) -> tuple[Result, Hist
         defenses=_defenses(config),
         resume=config.resume,
     )
-    malice = _malice(config, task, sites)
+    malice = _malice(config, task)
     wiretap = Wiretap(
         strategy,
         sink,
@@ -119,7 +119,7 @@ class _Malice:
     architecture: str = ""
 
 
-def _malice(config: RunConfig, task: Task, sites: int) -> _Malice:
+def _malice(config: RunConfig, task: Task) -> _Malice:
     """The trap of the setting's attack, made from what the operator holds and the same on every run of the scenario."""
     scenario, label = config.scenario, config.setting.trap
     if not label:
@@ -127,14 +127,14 @@ def _malice(config: RunConfig, task: Task, sites: int) -> _Malice:
     spec = scenario.attack(label)
     attack: Attack = create("attacks", spec.attack, spec.options, files=scenario.plugins)
     rng = torch.Generator().manual_seed(derive(scenario.seed, "trap", label))
-    public = _public(config, sites) if Can.KNOW_PUBLIC in scenario.threat.granted else None
+    public = _public(config) if Can.KNOW_PUBLIC in scenario.threat.granted else None
     ships = type(attack).architecture is not Attack.architecture
     trap = attack.aim(task, public=public, candidates=_candidates(config, attack), rng=rng)
     return _Malice(trap=trap, architecture=label if ships else "")
 
 
-def _public(config: RunConfig, sites: int) -> Records | None:
-    parts = [data.records(config.scenario, site, "public") for site in range(sites)]
+def _public(config: RunConfig) -> Records | None:
+    parts = [data.records(config.scenario, site, "public") for site in range(len(data.sites(config.scenario)))]
     parts = [part for part in parts if len(part)]
     return Records.concat(parts).anonymous() if parts else None
 

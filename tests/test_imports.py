@@ -15,6 +15,7 @@ ROOT = Path(__file__).resolve().parents[1]
 FAMILIES = ("attacks", "clients", "defenses", "strategies")
 CONTRACTS = {
     *(
+        "arrangement",
         "attack",
         "bands",
         "cache",

@@ -39,7 +39,8 @@ def check(scenario: Scenario) -> None:
 
     build = importlib.import_module("flpriv.strategies.building").build_strategy
     federation, sites = scenario.federation, len(data.sites(scenario))
-    strategy = build(federation.strategy, federation.options, sites=sites, files=scenario.plugins)
+    for nodes in sorted({sites, *(len(data.nodes(scenario, setting.arrangement)) for setting in scenario.settings())}):
+        strategy = build(federation.strategy, federation.options, sites=nodes, files=scenario.plugins)
     if federation.secure_aggregation is not None:
         federation.secure_aggregation.check(sites)
         importlib.import_module("flpriv.strategies.secure_aggregation").check_strategy(strategy, federation.strategy)

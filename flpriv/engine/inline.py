@@ -57,7 +57,7 @@ def run(scenario: Scenario, setting: Setting, *, folder: Path, resume: bool = Fa
     """
     config = RunConfig(scenario=scenario, setting=setting, out=private_folder(folder).resolve(), resume=resume)
     try:
-        nodes = _read_images(scenario)
+        nodes = _read_images(scenario, setting)
         clients, server = importlib.import_module(CLIENT).app, importlib.import_module(SERVER).app
         run_apps(clients, server, nodes=nodes, run_config=config.to_dict(), seed=scenario.seed)
     except FlprivError:
@@ -66,13 +66,13 @@ def run(scenario: Scenario, setting: Setting, *, folder: Path, resume: bool = Fa
         raise RunError(f"setting {setting.id!r}: {type(error).__name__}: {error}") from error
 
 
-def _read_images(scenario: Scenario) -> int:
-    """Read what the sites will need, so that a bad image ends the run before it starts; the number of sites."""
+def _read_images(scenario: Scenario, setting: Setting) -> int:
+    """Read what the sites will need, so that a bad image ends the run before it starts; the number of nodes."""
     sites = range(len(data.sites(scenario)))
     for site in track(sites, "reading images"):
         data.records(scenario, site, "train")
         data.records(scenario, site, "test")
-    return len(sites)
+    return len(data.nodes(scenario, setting.arrangement))
 
 
 def run_apps(

@@ -87,13 +87,13 @@ def run(scenario: Scenario, setting: Setting, *, folder: Path, resume: bool = Fa
         RunError: if the runtime does not start or the run fails, with the last lines of its log.
         FlprivError: if the scenario is wrong or a file cannot be written.
     """
-    sites = len(data.sites(scenario))
+    nodes = len(data.nodes(scenario, setting.arrangement))
     out = private_folder(folder).resolve()
     write_private(out / "scenario.json", scenario.to_json().encode())
     config = RunConfig(scenario=scenario, setting=setting, out=out, resume=resume).to_dict()
     run_app(
         APP,
-        nodes=sites,
+        nodes=nodes,
         run_config=config | {"scenario": str(out / "scenario.json")},
         what=f"setting {setting.id!r}",
         progress=lambda: _tell_rounds(out / "checkpoint", setting.rounds),
