@@ -9,9 +9,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from flpriv.arrangement import FEDERATED, arrangement_of
 from flpriv.claim import Goal
 from flpriv.finding import Finding, Level, Metric, Pair, SettingResult, Verdict
 from flpriv.report import figures, tables
+from flpriv.report.exposure import Exposure, exposure, in_words
 
 if TYPE_CHECKING:
     from jinja2 import Environment
@@ -86,6 +88,7 @@ class Run:
     by_site: tuple[tuple[str, tables.Matrix], ...]
     findings: tuple[Finding, ...]
     chapters: tuple[tuple[Goal, tuple[AttackView, ...]], ...]
+    exposure: Exposure | None
     scatters: tuple[Scatter, ...]
     utilities: tuple[str, ...]
     armed: bool
@@ -146,7 +149,8 @@ def _environment() -> Environment:
         "share": tables.is_share,
         "word": level_word,
         "named": defense_name,
-        "under": lambda label: "Without a defence" if label == tables.UNDEFENDED else f"With {label}",
+        "under": under,
+        "points": points,
         "of": lambda counts, name: counts.get(name, 0),
     }
     environment.globals |= {
@@ -173,6 +177,19 @@ def defense_name(label: str) -> str:
     return "no defence" if label == tables.UNDEFENDED else label
 
 
+def under(label: str) -> str:
+    """``"Without a defence"``, ``"With dp-sgd"``, ``"Centralised"``."""
+    if label == tables.UNDEFENDED:
+        return "Without a defence"
+    return f"With {label}" if arrangement_of(label) == FEDERATED else in_words(label)
+
+
+def points(value: float) -> str:
+    """A difference of shares in points: ``"+4"``, ``"−12"``, ``"0"``."""
+    whole = round(100 * value)
+    return f"{whole:+d}".replace("-", "−") if whole else "0"
+
+
 def _run(verdict: Verdict, id: str, *, most: int, room: int) -> Run:
     by_site = [(label, tables.by_site(verdict, label)) for label in tables.defenses(verdict)]
     utilities = dict.fromkeys(metric.name for setting in verdict.settings for metric in setting.utility)
@@ -186,6 +203,7 @@ def _run(verdict: Verdict, id: str, *, most: int, room: int) -> Run:
         by_site=tuple((label, matrix) for label, matrix in by_site if matrix.rows),
         findings=tuple(_in_order(verdict)),
         chapters=tuple(_chapters(verdict, id, most=most, room=room)),
+        exposure=exposure(verdict),
         scatters=tuple(_scatters(verdict, id)),
         utilities=tuple(utilities),
         armed=any(setting.armed_utility for setting in verdict.settings),
