@@ -234,7 +234,7 @@ def check(scenario: ScenarioPath, overrides: Overrides = None) -> None:
     for setting in chosen.settings():
         trap = f", trap {setting.trap}" if setting.trap else ""
         attacks = ", ".join(setting.attacks) or "none"
-        rounds = f"{setting.rounds} round{'s' if setting.rounds > 1 else ''}"
+        rounds = f"{setting.rounds} round{'s' if setting.rounds != 1 else ''}"
         typer.echo(f"federation {setting.id}: {rounds} of {audit.in_words(setting.local)}{trap}; attacks: {attacks}")
     typer.echo(f"adversary ({chosen.threat.name}): {'; '.join(chosen.threat.lines())}")
 
