@@ -22,6 +22,7 @@ from torch import nn
 
 from flpriv import data
 from flpriv.arrangement import ArrangedSplit, Node
+from flpriv.canary import Planted, plant, planted
 from flpriv.clients.metrics import evaluate as measure
 from flpriv.clients.secure_aggregation import masked
 from flpriv.clients.training import Trained, train
@@ -91,6 +92,11 @@ def _agreed(run: RunConfig, architecture: str) -> _Agreed:
     return _Agreed(task=task, defenses=defenses, model=model)
 
 
+@lru_cache(maxsize=8)
+def _planted(run: RunConfig) -> Planted | None:
+    return planted(run.scenario, run.setting)
+
+
 @dataclass(frozen=True, kw_only=True)
 class _Visit:
     """One site's work on one message.
@@ -142,8 +148,15 @@ class _Visit:
     def node(self) -> Node:
         return data.nodes(self.run.scenario, self.run.setting.arrangement)[self.site]
 
+    @property
+    def planted(self) -> Planted | None:
+        """The canaries, at the site that plants them."""
+        found = _planted(self.run)
+        return found if found is not None and found.place == self.site else None
+
     def records(self, split: ArrangedSplit) -> Records:
-        return data.node_records(self.run.scenario, self.run.setting.arrangement, self.site, split)
+        own = data.node_records(self.run.scenario, self.run.setting.arrangement, self.site, split)
+        return self.planted.joined(own) if self.planted is not None and split == "train" else own
 
     def model(self, message: Message, device: torch.device) -> nn.Module:
         """The agreed model with the weights received.
@@ -158,7 +171,18 @@ class _Visit:
         return model.to(device)
 
     def prepare(self, loop: Loop) -> Loop:
-        """The loop as the defences want it."""
+        """The loop as the defences want it; gradients that are canaries join each step after them."""
+        if self.planted is not None:
+            records, batch = len(self.records("train")), self.run.setting.local.batch_size
+            plant(
+                loop.model,
+                loop.optimizer,
+                self.planted.clipped(self.agreed.defenses),
+                self.planted.included,
+                batch=min(batch, records),
+                records=records,
+                seed=derive(self.run.scenario.seed, self.site, self.round, "canaries"),
+            )
         for defense, local in zip(self.agreed.defenses, self.locals, strict=True):
             loop = defense.prepare(loop, local=local)
         return loop

@@ -27,9 +27,9 @@ class SyntheticData(Defense):
 
     An image of the generator is the mean of its class and, overlaid, what sets a few records drawn at random apart from theirs,
     weighted so that synthetic images vary as real ones do. With 30 to 120 X-rays a site nothing larger that was tried did better:
-    models learnt from its images with an AUROC of .84 on five sites (real ones .88) and .79 within one site (real .87). A Gaussian
-    over principal components came to .88 and .67, a conditional variational autoencoder to .80 on the five sites, and a
-    conditional GAN painted no chests within a minute. Sites with thousands of images would want one of those.
+    models learnt from its images with an AUROC of .84 on five sites (real ones .88) and .79 within one site (real ones .87). A
+    Gaussian over principal components came to .88 and .67, a conditional variational autoencoder to .80 on the five sites, and
+    a conditional GAN painted no chests within a minute. Sites with thousands of images would want one of those.
 
     There is one synthetic record for each real one, of the same label, and the same ones in every round; the witness notes the
     real one. It is no formal guarantee: what is overlaid are patients' images.
@@ -125,7 +125,8 @@ class Generator:
         chance = own.float() + self.shrinkage / len(own)
         rows = torch.multinomial(chance, min(self.overlay, len(own)), generator=rng)
         weights = 0.2 + torch.rand(len(rows), generator=rng)
-        return (self.means[label] + weights / weights.norm() @ self.away[rows]).reshape(self.shape)
+        overlaid: Tensor = weights / weights.norm() @ self.away[rows]
+        return (self.means[label] + overlaid).reshape(self.shape)
 
 
 def fit(images: Tensor, labels: Tensor, *, overlay: int, shrinkage: float) -> Generator:

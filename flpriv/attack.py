@@ -10,6 +10,7 @@ import torch
 from pydantic import ConfigDict
 from torch import Tensor
 
+from flpriv.canary import Canaries
 from flpriv.capture import Capture
 from flpriv.claim import Claim, Goal
 from flpriv.errors import ThreatError
@@ -113,6 +114,17 @@ class Attack(ABC):
             rng: of all randomness.
         """
         return self.trap(task, public=public, rng=rng)
+
+    def canaries(self, task: Task, *, model: nn.Module, public: Records | None, rng: torch.Generator) -> Canaries | None:
+        """For an audit with canaries, what one site plants; ``None`` for an attack without.
+
+        Args:
+            task: what the federation learns.
+            model: the initial global model.
+            public: images of patients of no site, ``None`` where there are none.
+            rng: of everything random.
+        """
+        return None
 
     def architecture(self, model: nn.Module, task: Task) -> nn.Module:
         """The model definition the operator ships with its trap; by default the agreed one, unchanged."""

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from flpriv import data, engine, jobs, risk, verdicts
 from flpriv.arrangement import FEDERATED
 from flpriv.attack import Attack
+from flpriv.canary import planted
 from flpriv.claim import Goal
 from flpriv.claims import Outcome, load_outcome, save_outcome
 from flpriv.errors import FlprivError, RunError, ScenarioError, ThreatError
@@ -28,7 +29,7 @@ from flpriv.runfolder import RunFolder
 from flpriv.scenario import UNDEFENDED, Scenario, Setting
 from flpriv.scratch import scratch
 from flpriv.seeds import derive
-from flpriv.store import open_capture, write_knowledge, write_labels
+from flpriv.store import open_capture, write_canaries, write_knowledge, write_labels
 from flpriv.threat import DESCRIPTIONS, Can, threat
 from flpriv.witness import Witness, read_witnesses
 
@@ -94,7 +95,7 @@ def run(scenario: Scenario, *, out: Path, resume: bool = False, command: str = "
     side_by_side = workers if scenario.engine == "inline" else 1
     jobs.run(_federate, todo, what="federations", name=str, workers=side_by_side)
     for setting in scenario.settings():
-        _inform(scenario, folder.setting(setting), knowledge)
+        _inform(scenario, setting, folder.setting(setting), knowledge)
     return attack(folder, scenario=scenario, knowledge=knowledge, workers=workers)
 
 
@@ -132,7 +133,7 @@ def attack(
     results = []
     for setting in settings:
         witnesses = read_witnesses(folder.setting(setting))
-        facts = truth(scenario, knowledge, witnesses)
+        facts = truth(scenario, knowledge, witnesses, planted=planted(scenario, setting))
         results.append(_result(scenario, setting, folder.setting(setting), witnesses))
         for job in everything:
             if job.setting is setting:
@@ -187,14 +188,18 @@ def _federate(job: Job) -> None:
     engine.run(job.scenario, job.setting, folder=job.folder, resume=job.resume)
 
 
-def _inform(scenario: Scenario, folder: Path, knowledge: Knowledge) -> None:
-    """Lay the adversary's side knowledge beside its capture, as far as the threat model grants it."""
+def _inform(scenario: Scenario, setting: Setting, folder: Path, knowledge: Knowledge) -> None:
+    """Lay the adversary's side knowledge beside its capture, as far as the threat model grants it, and the auditor's canaries."""
     capture = folder / "capture"
     if knowledge.public is not None:
         write_knowledge(capture, "public", knowledge.public)
     write_knowledge(capture, "candidates", knowledge.candidates)
     write_knowledge(capture, "exposed", knowledge.exposed)
-    write_labels(capture, labels(scenario, read_witnesses(folder)))
+    witnesses, sown = read_witnesses(folder), planted(scenario, setting)
+    write_labels(capture, labels(scenario, witnesses, planted=sown))
+    if sown is not None:
+        node = next((witness.node for witness in witnesses if witness.site == sown.site), None)
+        write_canaries(capture, replace(sown.canaries, node=node))
 
 
 def _attack(job: Job) -> None:

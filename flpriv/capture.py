@@ -11,6 +11,7 @@ from typing import Any
 
 from torch import Tensor
 
+from flpriv.canary import Canaries
 from flpriv.recipe import LocalRecipe
 from flpriv.records import Records
 from flpriv.state import State, difference
@@ -70,6 +71,7 @@ class Capture:
         candidates: records asked about, without ids or attributes (``Can.KNOW_CANDIDATES``).
         exposed: training records with attributes ``"site"``, ``"sex"``, ``"age"`` (``Can.KNOW_EXPOSED``).
         secrets: what the operator's own trap kept for its read-out.
+        canaries: all that an auditor may have planted, in or not, where the attack brought some.
     """
 
     granted: Can
@@ -80,6 +82,7 @@ class Capture:
     candidates: Records | None = None
     exposed: Records | None = None
     secrets: Mapping[str, Tensor] = field(default_factory=dict)
+    canaries: Canaries | None = None
 
     @property
     def final(self) -> State:

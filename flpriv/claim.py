@@ -117,23 +117,17 @@ class Estimate:
 
 @dataclass(frozen=True, kw_only=True)
 class PrivacyBound:
-    """An empirical lower bound on epsilon.
+    """A score for each of the capture's canaries; what epsilon they prove is for the measure to say, which knows the coins.
 
     Args:
-        epsilon: the bound, ≥ 0.
-        delta: in (0, 1).
+        scores: ``(m,)`` float64, larger means more likely in.
+        delta: at which the bound is said where no defence claims an epsilon at another, in (0, 1).
         confidence: of the bound, e.g. .95.
-        ceiling: the largest bound this test could have shown.
-        canaries: how many records were used.
-        claimed: the epsilon the defence claims, where known.
     """
 
-    epsilon: float
-    delta: float
-    confidence: float
-    ceiling: float
-    canaries: int
-    claimed: float | None = None
+    scores: Tensor
+    delta: float = 1e-5
+    confidence: float = 0.95
 
 
 Claim = Reconstruction | Membership | Attribute | Estimate | Property | PrivacyBound

@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING, TypeVar
 import torch
 
 from flpriv import data
+from flpriv.canary import Planted
 from flpriv.records import Records
 from flpriv.seeds import derive
-from flpriv.truth import Truth
+from flpriv.truth import Claimed, Truth
 from flpriv.witness import Witness
 
 if TYPE_CHECKING:
@@ -69,10 +70,10 @@ def gather(scenario: Scenario) -> Knowledge:
     )
 
 
-def truth(scenario: Scenario, knowledge: Knowledge, witnesses: Sequence[Witness]) -> Truth:
-    """What really happened in one federation, from the sites' witnesses."""
+def truth(scenario: Scenario, knowledge: Knowledge, witnesses: Sequence[Witness], *, planted: Planted | None = None) -> Truth:
+    """What really happened in one federation, from the sites' witnesses and the canaries planted in it."""
     sites = data.sites(scenario)
-    trained = _trained(scenario)
+    trained = _trained(scenario, planted)
     row = {id: i for i, id in enumerate(trained.ids)}
     used = {(witness.round, witness.node): trained.take([row[id] for id in witness.used]) for witness in witnesses}
     everyone = [data.records(scenario, index, split) for index in range(len(sites)) for split in ("train", "test")]
@@ -83,19 +84,35 @@ def truth(scenario: Scenario, knowledge: Knowledge, witnesses: Sequence[Witness]
         candidates=knowledge.candidates,
         everyone=Records.concat([part for part in everyone if len(part)]),
         public=knowledge.public,
+        planted=planted,
+        claimed=_claimed(witnesses),
     )
 
 
-def labels(scenario: Scenario, witnesses: Sequence[Witness]) -> dict[tuple[int, int], Tensor]:
+def labels(scenario: Scenario, witnesses: Sequence[Witness], *, planted: Planted | None = None) -> dict[tuple[int, int], Tensor]:
     """The labels behind each update, in order of use, by (round, node)."""
-    trained = _trained(scenario)
+    trained = _trained(scenario, planted)
     row = {id: i for i, id in enumerate(trained.ids)}
     return {(w.round, w.node): trained.labels[[row[id] for step in w.steps for id in step]] for w in witnesses}
 
 
-def _trained(scenario: Scenario) -> Records:
+def _trained(scenario: Scenario, planted: Planted | None) -> Records:
     """The training records of all sites: ids tell them apart, whichever node an arrangement gives them to."""
-    return Records.concat([data.records(scenario, index, "train") for index in range(len(data.sites(scenario)))])
+    parts = [data.records(scenario, index, "train") for index in range(len(data.sites(scenario)))]
+    if planted is not None:
+        parts[planted.place] = planted.joined(parts[planted.place])
+    return Records.concat(parts)
+
+
+def _claimed(witnesses: Sequence[Witness]) -> dict[str, Claimed]:
+    last = {witness.site: witness for witness in sorted(witnesses, key=lambda witness: witness.round) if witness.refused is None}
+    found = {}
+    for site, witness in last.items():
+        notes = [note for note in witness.notes.values() if "epsilon" in note and "delta" in note]
+        if notes:
+            least = min(notes, key=lambda note: float(note["epsilon"]))
+            found[site] = Claimed(epsilon=float(least["epsilon"]), delta=float(least["delta"]))
+    return found
 
 
 def _patients(records: Records, share: float, *, seed: int) -> list[str]:

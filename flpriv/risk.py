@@ -86,6 +86,12 @@ def caveats(
     for finding in findings:
         if finding.status == "failed" and not finding.site:
             found.append(f"The attack '{finding.attack}' failed on '{finding.setting}': {finding.message}")
+        if finding.level is Level.CRITICAL and finding.goal is Goal.PRIVACY_BOUND and finding.headline is not None:
+            value, claimed = finding.headline.value or 0.0, finding.headline.null or 0.0
+            found.append(
+                f"The epsilon that '{finding.defense}' claims is wrong: {claimed:.2f}, and '{finding.attack}' measured at least "
+                f"{value:.2f}."
+            )
     for setting in settings:
         if lost := sum(not event.what.startswith(("refused:", "not evaluated:")) for event in setting.events):
             replies = "1 reply was" if lost == 1 else f"{lost} replies were"
@@ -149,6 +155,10 @@ def _attribute(finding: Finding, headline: Metric, value: float) -> Rule:
 def _privacy_bound(finding: Finding, headline: Metric, value: float) -> Rule:
     if headline.null is not None and value > headline.null:
         return Level.CRITICAL, "the measured bound exceeds the claimed epsilon: the claim is false"
+    found = {metric.name: metric for metric in finding.metrics}
+    area, allowed = found.get("AUC of canaries"), found.get("largest AUC allowed")
+    if area and allowed and area.low is not None and allowed.value is not None and area.low > allowed.value:
+        return Level.HIGH, "canaries are surely told better than a Gaussian mechanism of the claimed epsilon allows"
     if value >= 3:
         return Level.MEDIUM, "measured epsilon ≥ 3"
     return (Level.LOW, "measured epsilon above 0") if value > 0 else (Level.NONE, "no leakage measured")

@@ -99,6 +99,7 @@ class ThreatTable:
         victims: to how many sites it delivers it, the first of those that take part; all where not given.
         exposed: share of each site's training records the adversary holds with their site, for attribute inference.
         candidates: at most this many records are asked about, half of them members.
+        canary_site: name of the site at which an audit plants its canaries, the first where empty.
     """
 
     __pydantic_config__ = ConfigDict(extra="forbid")
@@ -110,6 +111,7 @@ class ThreatTable:
     victims: Annotated[int, Field(ge=1)] | None = None
     exposed: Annotated[float, Field(gt=0, lt=1)] = 0.1
     candidates: Annotated[int, Field(ge=4)] = 2000
+    canary_site: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -171,6 +173,7 @@ class Setting:
         local: the local recipe.
         rounds: number of rounds.
         attacks: labels of the attacks that read its capture.
+        canaries: label of the attack whose canaries are planted in it, or empty.
     """
 
     id: str
@@ -179,6 +182,7 @@ class Setting:
     local: LocalRecipe
     rounds: int
     attacks: tuple[str, ...]
+    canaries: str = ""
 
     @property
     def defenses(self) -> tuple[str, ...]:
@@ -240,13 +244,13 @@ class Scenario:
         return _labelled(self.defenses, label, "defense")
 
     def settings(self) -> tuple[Setting, ...]:
-        """The federations to run: for each stack of defences a shared one, and one per trap or local recipe of its own."""
+        """The federations to run: for each stack of defences a shared one, and one per trap, canaries or local recipe."""
         base, found = self.federation, []
-        active = _active(self)
+        active, planting = _bringing(self, "trap"), _bringing(self, "canaries")
         for defense in self.compare:
             untrained = arrangement_of(defense) == "untrained"
             chosen = [a for a in self.attacks if a.against is None or defense in a.against]
-            shared = [a.label for a in chosen if a.label not in active and a.local is None and a.rounds is None]
+            shared = [a.label for a in chosen if a.label not in active | planting and a.local is None and a.rounds is None]
             if shared or not self.attacks:
                 found.append(
                     Setting(
@@ -265,6 +269,7 @@ class Scenario:
                             id=f"{defense}--{spec.label}",
                             defense=defense,
                             trap=spec.label if spec.label in active else "",
+                            canaries=spec.label if spec.label in planting else "",
                             local=spec.local or base.local,
                             rounds=0 if untrained else spec.rounds or base.rounds,
                             attacks=(spec.label,),
@@ -429,12 +434,12 @@ def _check_alone(scenario: Scenario) -> None:
         raise ScenarioError(
             f"compare: {alone[0]!r} has no updates of several sites to add up; leave it out, or federation.secure_aggregation"
         )
-    active = _active(scenario) if alone else set()
+    active = _bringing(scenario, "trap") | _bringing(scenario, "canaries") if alone else set()
     for spec in scenario.attacks:
         if spec.label in active and (lured := [stack for stack in alone if spec.against is None or stack in spec.against]):
             rest = [stack for stack in scenario.compare if stack not in alone]
             raise ScenarioError(
-                f"attacks.{spec.label}: an active attack needs sites that train what a server sends them, and {lured[0]!r} has "
+                f"attacks.{spec.label}: an active attack, or one with canaries, needs sites of their own, and {lured[0]!r} has "
                 f"none; name the stacks to run it against, e.g. attacks.{spec.label}.against = {json.dumps(rest)}"
             )
 
@@ -528,13 +533,14 @@ def _override(tables: dict[str, Any], override: str) -> None:
     table[last] = value
 
 
-def _active(scenario: Scenario) -> set[str]:
-    """Labels of the attacks that bring a trap: those whose class overrides ``trap`` or ``aim``."""
+def _bringing(scenario: Scenario, what: Literal["trap", "canaries"]) -> set[str]:
+    """Labels of the attacks that bring a trap, or canaries: those whose class overrides the methods that make them."""
     from flpriv.attack import Attack
     from flpriv.registry import find
 
-    made = {spec.label: find("attacks", spec.attack, files=scenario.plugins) for spec in scenario.attacks}
-    return {label for label, cls in made.items() if cls.trap is not Attack.trap or cls.aim is not Attack.aim}
+    methods = {"trap": ("trap", "aim"), "canaries": ("canaries",)}[what]
+    classes = {spec.label: find("attacks", spec.attack, files=scenario.plugins) for spec in scenario.attacks}
+    return {label for label, cls in classes.items() if any(getattr(cls, m) is not getattr(Attack, m) for m in methods)}
 
 
 def _labelled(specs: Sequence[Spec], label: str, kind: str) -> Spec:

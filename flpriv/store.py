@@ -12,6 +12,7 @@ Layout of a capture folder::
     final.safetensors                  the last global model (with see-final)
     secrets.safetensors                what the operator's trap kept for its read-out
     public.safetensors …               side knowledge, with public.json for the columns
+    canaries.safetensors               all canaries, in or not, with canaries.json for the rest
     labels.safetensors                 labels behind each update, one entry "round/node" each
 
 Folders are 0700 and files 0600: reconstructions from them are patient images.
@@ -34,6 +35,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
+from flpriv.canary import Canaries
 from flpriv.capture import Capture, Observation
 from flpriv.errors import CaptureError, FlprivError
 from flpriv.files import private_folder, write_private
@@ -230,6 +232,7 @@ def open_capture(folder: Path | str, *, task: Task | None = None) -> Capture:
         candidates=_knowledge(folder, "candidates"),
         exposed=_knowledge(folder, "exposed"),
         secrets=StoredState(path) if (path := folder / "secrets.safetensors").exists() else {},
+        canaries=_canaries(folder),
     )
 
 
@@ -253,6 +256,20 @@ def write_knowledge(folder: Path | str, what: Knowledge, records: Records) -> No
     bare = records.anonymous(keep=kept)
     write_tensors(folder / f"{what}.safetensors", {"images": bare.images, "labels": bare.labels})
     write_json(folder / f"{what}.json", {"attributes": {key: list(column) for key, column in bare.attributes.items()}})
+
+
+def write_canaries(folder: Path | str, canaries: Canaries) -> None:
+    """Store canaries, which whoever audits holds under any threat model; nothing stored tells which were in.
+
+    Raises:
+        CaptureError: if ``folder`` is no capture, or cannot be written to.
+    """
+    folder = Path(folder)
+    _facts(folder)
+    records, seeds = canaries.records, canaries.seeds
+    tensors = {"seeds": seeds} if records is None else {"images": records.images, "labels": records.labels}
+    write_tensors(folder / "canaries.safetensors", {key: value for key, value in tensors.items() if value is not None})
+    write_json(folder / "canaries.json", {"norm": canaries.norm, "node": canaries.node})
 
 
 def write_labels(folder: Path | str, labels: Mapping[tuple[int, int], Tensor]) -> None:
@@ -430,6 +447,21 @@ def _knowledge(folder: Path, what: Knowledge) -> Records | None:
         return Records(images=images, labels=labels, attributes=attributes)
 
     return _parsed(path, records)
+
+
+def _canaries(folder: Path) -> Canaries | None:
+    path = folder / "canaries.json"
+    if not path.exists():
+        return None
+    facts, mapped = read_json(path), _open(folder / "canaries.safetensors")
+
+    def found() -> Canaries:
+        seeds = mapped.get_tensor("seeds") if "seeds" in mapped.keys() else None  # noqa: SIM118
+        records = Records(images=mapped.get_tensor("images"), labels=mapped.get_tensor("labels")) if seeds is None else None
+        node = None if facts["node"] is None else int(facts["node"])
+        return Canaries(records=records, seeds=seeds, norm=float(facts["norm"]), node=node)
+
+    return _parsed(path, found)
 
 
 def _parsed(path: Path, make: Callable[[], T]) -> T:

@@ -22,7 +22,7 @@ def outcome() -> Outcome:
             Attribute(
                 attribute="site", classes=("a", "b"), probabilities=torch.rand(2, 2), probe="p", baseline="majority", repeat=2
             ),
-            PrivacyBound(epsilon=1.5, delta=1e-5, confidence=0.95, ceiling=4.2, canaries=200),
+            PrivacyBound(scores=torch.rand(6, dtype=torch.float64), delta=1e-6, confidence=0.9),
             Property(property="sex=F", share=0.5, round=2, node=7, probability=0.25),
             Estimate(attribute="age", values=torch.rand(4, dtype=torch.float64), probe="head", baseline="mean age", repeat=1),
         ),
@@ -47,10 +47,14 @@ def test_round_trip(tmp_path: Path) -> None:
     assert membership.scores.dtype == torch.float64
     assert isinstance(attribute, Attribute)
     assert attribute.classes == ("a", "b")
-    assert bound == outcome_.claims[4]
     assert property == outcome_.claims[5]
     assert isinstance(estimate, Estimate)
     assert (estimate.values.dtype, estimate.baseline, estimate.repeat) == (torch.float64, "mean age", 1)
+    saved = outcome_.claims[4]
+    assert isinstance(bound, PrivacyBound)
+    assert isinstance(saved, PrivacyBound)
+    assert torch.equal(bound.scores, saved.scores)
+    assert (bound.delta, bound.confidence) == (1e-6, 0.9)
 
 
 def test_nothing_saved_is_none(tmp_path: Path) -> None:

@@ -19,6 +19,7 @@ CONTRACTS = {
         "attack",
         "bands",
         "cache",
+        "canary",
         "capture",
         "claim",
         "data",

@@ -56,7 +56,7 @@ def measure(
                 return source.findings(guesses, truth, new, seed=seed)
             return attribute.findings(guesses, truth, new, seed=seed)
         case Goal.PRIVACY_BOUND:
-            return privacy.findings(_only(claims, PrivacyBound, name), new)
+            return privacy.findings(_only(claims, PrivacyBound, name), truth, new)
 
 
 def _only(claims: Sequence[Claim], kind: type[C], name: str) -> list[C]:

@@ -15,6 +15,7 @@ from flpriv.bands import band, is_band
 from flpriv.capture import Capture
 from flpriv.claim import Attribute, Claim, Estimate, Goal, Membership, PrivacyBound, Property, Reconstruction
 from flpriv.errors import ThreatError
+from flpriv.measures.bounds import one_run
 from flpriv.measures.images import all_mse, psnr
 from flpriv.measures.membership import auc
 from flpriv.property import has
@@ -97,7 +98,11 @@ def _psnr(claims: Sequence[Reconstruction], truth: Truth) -> float:
 
 def _value(claim: Claim, truth: Truth) -> float:
     if isinstance(claim, PrivacyBound):
-        return claim.epsilon
+        if truth.planted is None:
+            raise ValueError("the truth of this federation names no canaries")
+        return one_run(
+            claim.scores.double().numpy(), truth.planted.included.numpy(), delta=claim.delta, confidence=claim.confidence
+        )
     if isinstance(claim, Property):
         held, known = has(truth.used[claim.round, claim.node], claim.property)
         return float((claim.probability > 0.5) == (float(held.sum()) > claim.share * float(known.sum())))
@@ -237,8 +242,12 @@ def _faults(claim: Claim, capture: Capture) -> Iterator[str]:
             yield f"nothing was observed in round {claim.round} of node {claim.node}"
         if not 0 <= claim.probability <= 1:
             yield f"probability {claim.probability} is not in [0, 1]"
-    elif not 0 <= claim.epsilon <= claim.ceiling or not 0 < claim.delta < 1:
-        yield f"epsilon = {claim.epsilon}, ceiling = {claim.ceiling}, delta = {claim.delta} make no bound"
+    else:
+        planted = 0 if capture.canaries is None else len(capture.canaries)
+        if claim.scores.shape != (planted,) or not bool(torch.isfinite(claim.scores).all()):
+            yield f"scores must be {planted} finite numbers, one per canary"
+        if not 0 < claim.delta < 1 or not 0 < claim.confidence < 1:
+            yield f"delta = {claim.delta} and confidence = {claim.confidence} must lie between 0 and 1"
 
 
 def _observed(capture: Capture) -> set[tuple[int, int | None]]:
@@ -272,3 +281,7 @@ def _tensors(capture: Capture) -> Iterator[tuple[str, Tensor]]:
         if records is not None:
             yield from ((f"{name}.images", records.images), (f"{name}.labels", records.labels))
     yield from state("secrets", capture.secrets)
+    if capture.canaries is not None:
+        held, seeds = capture.canaries.records, capture.canaries.seeds
+        yield from state("canaries", {} if held is None else {"images": held.images, "labels": held.labels})
+        yield from state("canaries", {} if seeds is None else {"seeds": seeds})

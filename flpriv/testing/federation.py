@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from flpriv.attack import Attack, ProtocolTrap, Trap
+from flpriv.canary import Planted, coins, plant
 from flpriv.capture import Capture, Observation
 from flpriv.claim import Goal
 from flpriv.recipe import LocalRecipe
@@ -100,7 +101,7 @@ def glass(
 
     Args:
         goal: what the attack is after.
-        attack: an active attack, whose trap is then sent.
+        attack: an active attack, whose trap is then sent, or one with canaries, which the first site then plants.
         model: registered name or import path; the default is :func:`dense_net`.
         options: of the model.
         plugins: files the model may come from.
@@ -127,7 +128,9 @@ def glass(
     if attack is not None:
         trap = attack.aim(task, public=public.anonymous(), candidates=candidates.anonymous(), rng=rng)
     nodes = {derive(seed, "node", place): place for place in range(plan.sites)}
-    observations, models = _federate(task, plan, {n: members[p] for n, p in nodes.items()}, trap=trap, attack=attack, seed=seed)
+    planted = _planted(attack, task, public.anonymous(), node=next(iter(nodes)), site=names[0], seed=seed)
+    trained = {node: planted.joined(members[place]) if planted and not place else members[place] for node, place in nodes.items()}
+    observations, models = _federate(task, plan, trained, trap=trap, attack=attack, planted=planted, seed=seed)
     exposed = Records.concat([records.take(range(0, len(records), 6)) for records in members])
     capture = Capture(
         granted=EVERYTHING if trap is not None else EVERYTHING & ~Can.TAMPER,
@@ -138,14 +141,16 @@ def glass(
         candidates=candidates.anonymous(),
         exposed=exposed.anonymous(keep=("site", "sex", "age")),
         secrets=trap.secrets if trap is not None else {},
+        canaries=planted.canaries if planted is not None else None,
     )
     truth = Truth(
-        used={(o.round, o.node): members[nodes[o.node]] for o in observations if o.node is not None},
+        used={(o.round, o.node): trained[o.node] for o in observations if o.node is not None},
         site_of={node: names[place] for node, place in nodes.items()},
         members=torch.arange(len(candidates)) < sum(map(len, members)),
         candidates=candidates,
         everyone=Records.concat(members),
         public=public,
+        planted=planted,
     )
     return Glass(capture=capture, truth=truth)
 
@@ -241,9 +246,12 @@ def phantoms(count: int, *, site: str, signal: float, skew: float, own: int, see
     )
 
 
-def train(model: nn.Module, records: Records, recipe: LocalRecipe, *, seed: int) -> Tensor:
-    """The bare loop of an SGD recipe; returns the labels in order of use."""
+def train(model: nn.Module, records: Records, recipe: LocalRecipe, *, seed: int, planted: Planted | None = None) -> Tensor:
+    """The bare loop of an SGD recipe; returns the labels in order of use. Canaries that are gradients join its steps."""
     optimizer = torch.optim.SGD(model.parameters(), lr=recipe.lr, momentum=recipe.momentum)
+    if planted is not None:
+        size, batch = len(records), min(recipe.batch_size, len(records))
+        plant(model, optimizer, planted.canaries, planted.included, batch=batch, records=size, seed=derive(seed, "canaries"))
     model.train(recipe.train_mode)
     used = []
     for rows in _batches(len(records), recipe, torch.Generator().manual_seed(seed)):
@@ -264,8 +272,26 @@ def _batches(count: int, recipe: LocalRecipe, rng: torch.Generator) -> Iterator[
     return islice(epochs(), recipe.steps)
 
 
+def _planted(attack: Attack | None, task: Task, public: Records, *, node: int, site: str, seed: int) -> Planted | None:
+    """The attack's canaries and their coins."""
+    initial = task.build(seed=derive(seed, "initial"))
+    rng = torch.Generator().manual_seed(derive(seed, "canaries"))
+    found = attack.canaries(task, model=initial, public=public, rng=rng) if attack is not None else None
+    if found is None:
+        return None
+    included = coins(len(found), seed=derive(seed, "coins"))
+    return Planted(canaries=replace(found, node=node), included=included, place=0, site=site)
+
+
 def _federate(
-    task: Task, plan: _Plan, members: Mapping[int, Records], *, trap: Trap | None, attack: Attack | None, seed: int
+    task: Task,
+    plan: _Plan,
+    members: Mapping[int, Records],
+    *,
+    trap: Trap | None,
+    attack: Attack | None,
+    planted: Planted | None,
+    seed: int,
 ) -> tuple[tuple[Observation, ...], tuple[State, ...]]:
     """Plain federated averaging; the trap is sent to every node it wants, its update disarmed before the mean.
 
@@ -283,7 +309,8 @@ def _federate(
                 model = attack.architecture(model, task)
             sent = _copy(honest if armed is None else armed)
             model.load_state_dict(dict(sent))
-            labels = train(model, records, plan.recipe, seed=derive(seed, "train", round, node))
+            sown = planted if planted is not None and planted.canaries.node == node else None
+            labels = train(model, records, plan.recipe, seed=derive(seed, "train", round, node), planted=sown)
             observation = Observation(
                 round=round,
                 node=node,
