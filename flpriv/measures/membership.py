@@ -14,6 +14,7 @@ from flpriv.bands import band, bands
 from flpriv.claim import Membership
 from flpriv.errors import ClaimError
 from flpriv.finding import Finding, Group, Metric, Roc
+from flpriv.measures.bounds import Cap
 from flpriv.measures.intervals import Interval, clopper_pearson
 from flpriv.measures.shares import share_interval
 from flpriv.records import Records
@@ -114,6 +115,7 @@ def findings(claims: Sequence[Membership], truth: Truth, new: Callable[..., Find
     patients = np.asarray(known.patients if known and known.patients else [str(i) for i in range(len(member))])
     labels = known.labels.numpy() if known else np.zeros(len(member), dtype=np.int64)
     overall = _finding(federation, member, labels, patients, new, site="")
+    overall = _capped(overall, truth)
     found = [replace(overall, groups=_groups(federation, member, patients, known) if known else ())]
     site = np.asarray(known.attributes.get("site", ()) if known else ())
     own = {truth.site_of[node]: scores for node, scores in nodes.items() if node in truth.site_of}
@@ -168,6 +170,22 @@ def _labels_differ(labels: NDArray[np.int64], member: NDArray[np.bool_]) -> bool
 
     counts = np.array([[np.sum(labels[side] == c) for c in np.unique(labels)] for side in (member, ~member)])
     return counts.shape[1] > 1 and float(chi2_contingency(counts).pvalue) < 0.01
+
+
+def _capped(finding: Finding, truth: Truth) -> Finding:
+    """The finding beside the AUC that the largest epsilon claimed by a site allows, where every site claims one."""
+    sites = set(truth.site_of.values())
+    if not sites or not sites <= truth.claimed.keys():
+        return finding
+    caps = {site: Cap.of(truth.claimed[site].epsilon, delta=truth.claimed[site].delta) for site in sites}
+    site = max(caps, key=lambda name: caps[name].mu)
+    claim = truth.claimed[site]
+    note = f"by a Gaussian mechanism of the claimed epsilon {claim.epsilon:.2f} at delta {claim.delta:g}"
+    cap = Metric(name="largest AUC allowed", value=caps[site].auc, note=note)
+    area = finding.headline
+    exceeded = area is not None and area.low is not None and area.low > caps[site].auc
+    doubt = ("Members are surely told better than the claimed epsilon allows; doubt the claim.",) if exceeded else ()
+    return replace(finding, metrics=(*finding.metrics, cap), caveats=(*finding.caveats, *doubt))
 
 
 def _area(scores: Floats, member: NDArray[np.bool_], patients: NDArray[np.str_]) -> Metric:

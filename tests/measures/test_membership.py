@@ -19,7 +19,7 @@ from flpriv.measures import measure
 from flpriv.measures.intervals import clopper_pearson
 from flpriv.measures.membership import _low_fpr, auc, auc_interval, null_error, roc, tpr_at
 from flpriv.records import Records
-from flpriv.truth import Truth
+from flpriv.truth import Claimed, Truth
 
 judge = partial(measure, attack="a", name="b", goal=Goal.MEMBERSHIP, setting="none", defense="none")
 
@@ -277,6 +277,20 @@ def test_people_of_a_sex_or_age_band_are_judged_among_themselves() -> None:
     assert (groups["sex", "F"].members, groups["sex", "F"].others) == (100, 100)
     assert groups["sex", "F"].strict.value is not None
     assert all(not finding.groups for finding in others)
+
+
+@pytest.mark.parametrize(("lift", "doubted"), [(0.1, False), (2.0, True)])
+def test_a_claimed_epsilon_caps_the_auc(lift: float, doubted: bool) -> None:
+    """A Gaussian mechanism of ε = 3 at δ = 1e-5 has a cap of .694; the weakest claim counts, and only where all sites claim one."""
+    truth, _ = scenario(1000)
+    rng = np.random.default_rng(1)
+    scores = torch.from_numpy(rng.normal(size=1000) + lift * (np.arange(1000) % 2 == 0))
+    claimed = {"a": Claimed(epsilon=1.0, delta=1e-5), "b": Claimed(epsilon=3.0, delta=1e-5)}
+    overall = judge([Membership(scores=scores)], replace(truth, claimed=claimed))[0]
+    assert metrics(overall)["largest AUC allowed"].value == pytest.approx(0.694, abs=0.002)
+    assert any("doubt the claim" in caveat for caveat in overall.caveats) == doubted
+    alone = judge([Membership(scores=scores)], replace(truth, claimed={"a": claimed["a"]}))[0]
+    assert "largest AUC allowed" not in metrics(alone)
 
 
 def test_a_group_too_small_reads_not_available() -> None:
