@@ -281,7 +281,7 @@ def test_people_of_a_sex_or_age_band_are_judged_among_themselves() -> None:
 
 @pytest.mark.parametrize(("lift", "doubted"), [(0.1, False), (2.0, True)])
 def test_a_claimed_epsilon_caps_the_auc(lift: float, doubted: bool) -> None:
-    """A Gaussian mechanism of ε = 3 at δ = 1e-5 has a cap of .694; the weakest claim counts, and only where all sites claim one."""
+    """A Gaussian mechanism of ε = 3 at δ = 1e-5 has a cap of .694; the weakest claim counts, where all sites claim one."""
     truth, _ = scenario(1000)
     rng = np.random.default_rng(1)
     scores = torch.from_numpy(rng.normal(size=1000) + lift * (np.arange(1000) % 2 == 0))
