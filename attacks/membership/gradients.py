@@ -42,19 +42,26 @@ class Gradients:
 
 
 def gradients(
-    model: nn.Module, records: Records, directions: Sequence[Mapping[str, Tensor]] = (), *, chunk: int = 8
+    model: nn.Module,
+    records: Records,
+    directions: Sequence[Mapping[str, Tensor]] = (),
+    *,
+    chunk: int = 8,
+    at_once: bool | None = None,
 ) -> Gradients:
     """The gradients of the loss of each record, one pass for all ``directions``; exact for any model in eval mode.
 
-    On the CPU records pass one by one, which is several times faster there than per-sample transforms of convolutions.
+    Records pass one by one on a CPU, which is several times faster there than per-sample transforms of convolutions.
 
     Args:
         model: where the gradients are taken, in the mode it is in.
         records: N of them.
         directions: over parameters of the model, all over the same ones; those that they leave out are left out of the norms too.
-        chunk: records whose gradients a GPU holds at once.
+        chunk: records in a pass where several go at once.
+        at_once: whether several records go in one pass, by default on a GPU alone.
     """
     device = next(model.parameters()).device
+    at_once = device.type == "cuda" if at_once is None else at_once
     names = directions[0].keys() if directions else dict(model.named_parameters()).keys()
     weights = {key: value.detach().requires_grad_() for key, value in model.named_parameters() if key in names}
     rest = {key: value for key, value in (*model.named_parameters(), *model.named_buffers()) if key not in weights}
@@ -65,8 +72,9 @@ def gradients(
 
     def one_by_one(images: Tensor, labels: Tensor) -> Iterator[dict[str, Tensor]]:
         for image, label in zip(images, labels, strict=True):
-            found = torch.autograd.grad(loss(weights, image, label), list(weights.values()), materialize_grads=True)
-            yield {key: value[None] for key, value in zip(weights, found, strict=True)}
+            value = loss(weights, image.to(device), label.to(device))
+            found = torch.autograd.grad(value, list(weights.values()), materialize_grads=True)
+            yield {key: part[None] for key, part in zip(weights, found, strict=True)}
 
     def together(images: Tensor, labels: Tensor) -> Iterator[dict[str, Tensor]]:
         each = vmap(grad(loss), in_dims=(None, 0, 0), randomness="different")
@@ -74,7 +82,7 @@ def gradients(
             yield each({key: value.detach() for key, value in weights.items()}, x.to(device), y.to(device))
 
     products, squares = [], []
-    for part in (together if device.type == "cuda" else one_by_one)(records.images, records.labels):
+    for part in (together if at_once else one_by_one)(records.images, records.labels):
         flat = {key: value.flatten(1) for key, value in part.items()}
         squares.append(_sum([value.double().square().sum(1) for value in flat.values()]))
         none = squares[-1].new_zeros(len(squares[-1]), 0)

@@ -63,7 +63,8 @@ def test_rounds_with_fewer_replies_are_left_out(four_sites: Federation) -> None:
     capture, _ = four_sites
     thinned = tuple(o for o in capture.observations if o.round != 2 or o.node in (11, 12))
     without = tuple(o for o in capture.observations if o.round != 2)
-    some, expected = claims(replace(capture, observations=thinned)), claims(replace(capture, observations=without))
+    attack = FedMIACosine(spread=2)
+    some, expected = (claims(replace(capture, observations=seen), attack) for seen in (thinned, without))
     assert all(torch.equal(a.scores, b.scores) for a, b in zip(some, expected, strict=True))
 
 
