@@ -22,8 +22,9 @@ def findings(claims: Sequence[Property], truth: Truth, new: Callable[..., Findin
     """One finding over all observations, then one per site over its own, where telling sites apart is of no use.
 
     An update has the property if more than the claimed share of the records behind it, of those for which it is known, have it.
-    The headline is the AUC of the probabilities over observations, n/a where all observations are alike; beside it stands the
-    accuracy at one half against the more frequent answer.
+    The headline is the AUC of the probabilities over observations, n/a where all observations are alike. Over all sites its null
+    is what somebody reaches who knows only how often each site's updates have the property, where that is more than chance.
+    Beside it stands the accuracy at one half against the more frequent answer.
 
     Raises:
         ClaimError: for claims about several properties, or where nothing is known of the records behind any update.
@@ -67,5 +68,14 @@ def _finding(scored: Sequence[tuple[float, bool, str]], new: Callable[..., Findi
         area = Metric(name="AUC", value=None, n=count, null=0.5, null_name="chance", note=f"{note}: nothing to tell apart")
     else:
         low, high = auc_interval(guesses, held)
-        area = Metric(name="AUC", value=auc(guesses, held), low=low, high=high, n=count, null=0.5, null_name="chance", note=note)
+        shares = auc(_by_site(scored), held)
+        null, null_name = (shares, "share at each site") if shares > 0.5 else (0.5, "chance")
+        value = auc(guesses, held)
+        area = Metric(name="AUC", value=value, low=low, high=high, n=count, null=null, null_name=null_name, note=note)
     return new(site=site, headline=area, metrics=(area, accuracy), caveats=tuple(caveats))
+
+
+def _by_site(scored: Sequence[tuple[float, bool, str]]) -> list[float]:
+    """The share of its site's updates that have the property, for each observation."""
+    share = {site: float(np.mean([held for _, held, of in scored if of == site])) for site in {of for _, _, of in scored}}
+    return [share[site] for _, _, site in scored]

@@ -60,6 +60,20 @@ def test_numbers_are_sklearns() -> None:
     assert risk.judge(overall).level is not Level.NONE
 
 
+def test_telling_sites_apart_is_the_null_over_all_of_them() -> None:
+    """One site has mostly women and the other mostly men: who tells the site has told no more than the shares do."""
+    used = {(round, 7): behind(1 if round == 1 else 4) for round in range(1, 11)}
+    used |= {(round, 9): behind(4 if round == 1 else 0) for round in range(1, 11)}
+    claims = [claim(round, node, 0.9 if node == 7 else 0.1) for round, node in used]
+    overall, east, _ = judge(claims, Truth(used=used, site_of=SITES))
+    assert overall.headline is not None
+    assert overall.headline.value == overall.headline.null == pytest.approx(0.9)
+    assert overall.headline.null_name == "share at each site"
+    assert risk.judge(overall).level is Level.NONE
+    assert east.headline is not None
+    assert (east.headline.value, east.headline.null, east.headline.null_name) == (0.5, 0.5, "chance")
+
+
 def test_observations_that_are_all_alike_are_not_applicable() -> None:
     truth = Truth(used={(1, 7): behind(4), (2, 7): behind(3)}, site_of=SITES)
     overall, _ = judge([claim(1, 7, 0.9), claim(2, 7, 0.2)], truth)
