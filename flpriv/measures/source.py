@@ -80,5 +80,7 @@ def findings(claims: Sequence[Attribute], truth: Truth, new: Callable[..., Findi
         here = sample.site == name
         prior = np.mean([np.mean(here[labels == label]) for label in labels[here].tolist()])
         own = replace(sample.take(here), guesses={key: guess[:, here] for key, guess in sample.guesses.items() if key != LABEL})
-        found_at.append(at_site(own, new, name, float(prior)))
+        finding = at_site(own, new, name, float(prior))
+        recall = finding.headline and replace(finding.headline, null_name="share of the site among the same labels")
+        found_at.append(replace(finding, headline=recall, metrics=(recall,) if recall else ()))
     return [replace(found, headline=headline, metrics=metrics), *found_at]

@@ -1,11 +1,13 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 from torch.nn.functional import cross_entropy
 
+from flpriv import audit, scenario
 from flpriv.attacks.site.source_inference import SourceInference
 from flpriv.capture import Capture
 from flpriv.claim import Attribute, Goal
@@ -89,3 +91,25 @@ def test_it_says_what_it_lacks(federation: Glass) -> None:
         SourceInference()(replace(capture, observations=tuple(replace(o, node=None) for o in capture.observations)))
     with pytest.raises(CaptureError, match="no two of any round"):
         SourceInference()(replace(capture, observations=tuple(replace(o, trap="imprint") for o in capture.observations)))
+
+
+@pytest.mark.slow
+def test_real_xrays_of_five_sites_are_traced_above_chance(test_data: Path, tmp_path: Path) -> None:
+    example = Path(__file__).resolve().parents[3] / "examples" / "xray_multisite.toml"
+    tables = scenario.read(example, overrides=[f"sites.root={test_data / 'xray_multisite'}", "sites.size=48"]).tables()
+    local = {"lr": 0.01, "momentum": 0.9, "batch_size": 8, "epochs": 4}
+    tables |= {
+        "model": {**tables["model"], "width": 8},
+        "federation": {"rounds": 6, "local": local},
+        "attacks": {"source-inference": {}},
+        "defenses": {},
+        "compare": ["none"],
+    }
+    finding = next(f for f in audit.run(scenario.parse(tables, root=tmp_path), out=tmp_path / "run").findings if not f.site)
+    head = finding.headline
+    assert head is not None
+    assert head.low is not None
+    assert head.second_null == pytest.approx(1 / 5)
+    assert head.low > 1 / 5
+    assert finding.confusion is not None
+    assert len(finding.confusion.classes) == 5
