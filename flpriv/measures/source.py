@@ -11,6 +11,7 @@ from flpriv.claim import Attribute
 from flpriv.errors import ClaimError
 from flpriv.finding import Finding
 from flpriv.measures.attribute import Sample, at_site, overall
+from flpriv.records import Records
 from flpriv.truth import Truth
 
 SOURCE = "source"
@@ -20,7 +21,7 @@ LABEL = ("label alone", "most frequent site of the label")
 
 
 def findings(claims: Sequence[Attribute], truth: Truth, new: Callable[..., Finding], *, seed: int) -> list[Finding]:
-    """One finding over all sites, then one per site: its recall.
+    """One finding over all nodes, then one for each: its recall. Nodes bear the names of their sites, or of an arrangement.
 
     Scored on candidates that were trained on, for nobody else has a source. Nodes are translated to sites; a guess of a node
     whose site is not known is wrong. Beside the share of the largest site stand chance, one in the number of clients claimed
@@ -42,7 +43,7 @@ def findings(claims: Sequence[Attribute], truth: Truth, new: Callable[..., Findi
         raise ClaimError(
             f"source claim: probabilities of shape {shape}, expected ({count}, {len(claim.classes)}): candidates, nodes"
         )
-    site = np.asarray(truth.candidates.attributes["site"])
+    site = np.asarray(_trained_at(truth.candidates, truth))
     rows = truth.members.numpy().astype(bool) & (site != "")
     if not rows.any():
         raise ClaimError("source cannot be measured: no candidate was trained on at a site that is known")
@@ -84,3 +85,11 @@ def findings(claims: Sequence[Attribute], truth: Truth, new: Callable[..., Findi
         recall = finding.headline and replace(finding.headline, null_name="share of the site among the same labels")
         found_at.append(replace(finding, headline=recall, metrics=(recall,) if recall else ()))
     return [replace(found, headline=headline, metrics=metrics), *found_at]
+
+
+def _trained_at(candidates: Records, truth: Truth) -> list[str]:
+    """Whose node each candidate was trained at: as witnessed, else its own site's where that took part."""
+    seen = {id: truth.site_of[node] for (_, node), used in truth.used.items() if node in truth.site_of for id in used.ids}
+    taking_part = set(truth.site_of.values())
+    sites = [site if site in taking_part else "" for site in candidates.attributes.get("site", ("",) * len(candidates))]
+    return [seen.get(id, site) for id, site in zip(candidates.ids or ("",) * len(candidates), sites, strict=True)]

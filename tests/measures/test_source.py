@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 
 import numpy as np
@@ -133,3 +134,17 @@ def test_the_sentence_speaks_of_training_images() -> None:
     true, _, members = drawn()
     finding = risk.judge(judge([guess(true)], known(true, members))[0])
     assert "of training images" in risk.sentence([finding], "honest-but-curious")[1]
+
+
+def test_records_dealt_out_to_nodes_belong_where_they_were_used() -> None:
+    """In an arrangement a record's node is not its site: the witness knows, and records of no node are left out."""
+    truth = known([0, 0, 1, 1, 2, 2], [True] * 6)
+    assert truth.candidates is not None
+    mixed = replace(truth.candidates, ids=tuple("abcdef"))
+    used = {(1, 91): mixed.take([2, 3]), (1, 17): mixed.take([0, 4])}
+    dealt = replace(truth, candidates=mixed, used=used, site_of={91: "mixed 1", 17: "mixed 2", 53: "mixed 3"})
+    overall, *nodes = judge([guess([1, 0, 0, 1, 1, 0])], dealt)
+    assert overall.headline is not None
+    assert overall.headline.n == 4
+    assert overall.headline.value == pytest.approx(3 / 4)
+    assert [finding.site for finding in nodes] == ["mixed 1", "mixed 2"]
