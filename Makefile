@@ -21,7 +21,7 @@ demo: install
 	@$(BIN)/flpriv run
 
 test: install
-	@OMP_NUM_THREADS=1 $(BIN)/pytest
+	@OMP_NUM_THREADS=1 $(BIN)/pytest -n auto --dist worksteal
 
 slow: install
 	@OMP_NUM_THREADS=1 $(BIN)/pytest -m "slow and not gpu"
