@@ -22,7 +22,7 @@ from torch import nn
 
 from flpriv import data
 from flpriv.arrangement import ArrangedSplit, Node
-from flpriv.canary import Planted, plant, planted
+from flpriv.canary import Planted, name, plant, planted
 from flpriv.clients.metrics import evaluate as measure
 from flpriv.clients.secure_aggregation import masked
 from flpriv.clients.training import Trained, train
@@ -34,7 +34,7 @@ from flpriv.files import private_folder
 from flpriv.records import Records
 from flpriv.registry import create
 from flpriv.seeds import derive
-from flpriv.state import check_finite, check_like
+from flpriv.state import add, check_finite, check_like
 from flpriv.task import Task
 from flpriv.witness import Witness, site_folder
 
@@ -103,7 +103,8 @@ class _Visit:
 
     Args:
         run: scenario and setting.
-        site: index of the site, or of the node that the setting's arrangement has in place of sites.
+        site: index of the site, or of the node that the setting's arrangement has in place of sites; canaries that are sites
+            stand behind those.
         round: 1, 2, ….
         architecture: label of the attack whose model definition came with the message, or empty.
         mu: weight of FedProx' proximal term, 0 for other strategies.
@@ -126,6 +127,17 @@ class _Visit:
     def agreed(self) -> _Agreed:
         return _agreed(self.run, self.architecture)
 
+    @property
+    def canary(self) -> int | None:
+        """Which canary this site is, if it is one."""
+        behind = self.site - len(data.nodes(self.run.scenario, self.run.setting.arrangement))
+        return behind if behind >= 0 else None
+
+    @property
+    def name(self) -> str:
+        """The site's name."""
+        return self.node.name if self.canary is None else name(self.canary)
+
     @cached_property
     def locals(self) -> tuple[Local, ...]:
         """Each defence's surroundings, by position."""
@@ -133,12 +145,12 @@ class _Visit:
         seeds = [derive(self.noise_seed, self.site, self.round, "defense", label) for label in labels]
         return tuple(
             Local(
-                site=self.node.name,
+                site=self.name,
                 round=self.round,
                 rng=torch.Generator().manual_seed(seed),
                 folder=private_folder(self.folder),
                 task=self.agreed.task,
-                records=partial(self.records, "train"),
+                records=partial(self.records, "train") if self.canary is None else None,
                 secure_aggregation=scenario.federation.secure_aggregation,
             )
             for seed in seeds
@@ -193,6 +205,8 @@ class _Visit:
         Raises:
             UpdateError: if training left NaN or infinite values.
         """
+        if self.canary is not None:
+            return self.sing(message, self.canary)
         device = _device()
         model, records, scenario = self.model(message, device), self.records("train"), self.run.scenario
         done = train(
@@ -211,11 +225,20 @@ class _Visit:
         metrics = MetricRecord({"num-examples": len(records), "loss": done.loss})
         return Message(RecordDict({"arrays": ArrayRecord(state), "metrics": metrics}), reply_to=message)
 
+    def sing(self, message: Message, row: int) -> Message:
+        """What the canary at ``row`` sends as a site; it counts as one example."""
+        found = _planted(self.run)
+        assert found is not None
+        received = message.content.array_records["arrays"].to_torch_state_dict()
+        state = add(received, found.update(row, received))
+        metrics = MetricRecord({"num-examples": 1, "loss": 0.0})
+        return Message(RecordDict({"arrays": ArrayRecord(state), "metrics": metrics}), reply_to=message)
+
     def witness(self, reply: Message, node: int) -> Witness:
         """What was really done."""
-        ids = self.records("train").ids
+        ids = self.records("train").ids if self.canary is None else ()
         return Witness(
-            site=self.node.name,
+            site=self.name,
             node=node,
             round=self.round,
             steps=tuple(tuple(ids[row] for row in rows) for done in self.trained for rows in done.steps),
@@ -247,6 +270,8 @@ def _update(visit: _Visit, message: Message, context: Context) -> Message:
 
 
 def _evaluate(visit: _Visit, message: Message, _: Context) -> Message:
+    if visit.canary is not None:
+        return _error(message, f"round {visit.round}: a canary holds no records", ErrorCode.MOD_FAILED_PRECONDITION)
     records = visit.records("test")
     if not len(records):
         return _error(message, f"round {visit.round}: this site has no test records", ErrorCode.MOD_FAILED_PRECONDITION)

@@ -198,8 +198,8 @@ def _inform(scenario: Scenario, setting: Setting, folder: Path, knowledge: Knowl
     witnesses, sown = read_witnesses(folder), planted(scenario, setting)
     write_labels(capture, labels(scenario, witnesses, planted=sown))
     if sown is not None:
-        node = next((witness.node for witness in witnesses if witness.site == sown.site), None)
-        write_canaries(capture, replace(sown.canaries, node=node))
+        node_of = {witness.site: witness.node for witness in witnesses}
+        write_canaries(capture, replace(sown.canaries, nodes=tuple(node_of.get(site, -1) for site in sown.sites)))
 
 
 def _attack(job: Job) -> None:
@@ -270,12 +270,13 @@ def _measure(job: Job, facts: Truth) -> list[Finding]:
 
 def _result(scenario: Scenario, setting: Setting, where: Path, witnesses: Sequence[Witness]) -> SettingResult:
     ran = _ran(where)
-    names = {witness.node: witness.site for witness in witnesses}
+    names, real = {witness.node: witness.site for witness in witnesses}, {site.name for site in data.sites(scenario)}
     events = tuple(Event(round=int(e["round"]), who=_named(e["who"], names), what=str(e["what"])) for e in ran.get("events", ()))
+    events = tuple(event for event in events if event.who in real or not event.what.startswith("not evaluated:"))
     epsilon: dict[str, float] = {}
     for witness in witnesses:
         for notes in witness.notes.values():
-            if "epsilon" in notes:
+            if "epsilon" in notes and witness.site in real:
                 epsilon[witness.site] = max(epsilon.get(witness.site, 0.0), float(notes["epsilon"]))
     return SettingResult(
         id=setting.id,

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
@@ -43,18 +43,24 @@ class Canaries:
         seeds: ``(m,)`` int64, each of one random direction (see :func:`direction`); a canary then is not an image but a gradient
             along it, which joins those of a step's records where sampling draws it.
         norm: length of such a gradient, > 0; a defence that clips the gradients of records clips it too.
-        node: pseudonym of the site that they are planted at, ``None`` before the federation has run.
+        level: ``"record"``: they are planted at one site; ``"site"``: each is a site without data, which takes part in every
+            round and whose update is ``norm`` along its direction, or zero where it is out.
+        nodes: pseudonym of the site that they are planted at, or of each where they are sites; -1 for one that took no part,
+            ``()`` before the federation.
     """
 
     records: Records | None = None
     seeds: Tensor | None = None
     norm: float = 1.0
-    node: int | None = None
+    level: Literal["record", "site"] = "record"
+    nodes: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         """Refuse canaries of two kinds, or of none."""
         if (self.records is None) == (self.seeds is None):
             raise ValueError("canaries are either records or seeds of gradients")
+        if self.level == "site" and self.seeds is None:
+            raise ValueError("canaries that are sites hold no records: give seeds")
 
     def __len__(self) -> int:
         return len(self.records) if self.records is not None else 0 if self.seeds is None else len(self.seeds)
@@ -67,14 +73,27 @@ class Planted:
     Args:
         canaries: as the attack brought them.
         included: ``(m,)`` bool, which are in.
-        place: index of the site they are planted at.
-        site: its name.
+        place: index of the site they are planted at; ``None`` where they are sites.
+        site: its name, or empty.
     """
 
     canaries: Canaries
     included: Tensor
-    place: int
+    place: int | None
     site: str
+
+    @property
+    def sites(self) -> tuple[str, ...]:
+        """Names of the site they are planted at, or of all of them where they are sites."""
+        return tuple(map(name, range(len(self.canaries)))) if self.canaries.level == "site" else (self.site,)
+
+    def update(self, row: int, like: State) -> dict[str, Tensor]:
+        """What the canary at ``row`` sends, as a site, in every round."""
+        assert self.canaries.seeds is not None
+        flat = torch.zeros(sum(value.numel() for value in parameters(like).values()))
+        if bool(self.included[row]):
+            flat.index_add_(0, *_scaled(direction(int(self.canaries.seeds[row]), like), self.canaries.norm))
+        return _unflat(flat, like)
 
     def clipped(self, defenses: Sequence[object]) -> Canaries:
         """The canaries as a step gets them: gradients cut as those of records are by a defence on these."""
@@ -86,9 +105,14 @@ class Planted:
         if self.canaries.records is None or not bool(self.included.any()):
             return own
         rows = self.included.nonzero().flatten().tolist()
-        names = tuple(f"canary-{row:04d}" for row in rows)
+        names = tuple(map(name, rows))
         blank = {key: ("",) * len(rows) for key in own.attributes} | {"site": (self.site,) * len(rows)}
         return Records.concat([own, replace(self.canaries.records.take(rows), ids=names, patients=names, attributes=blank)])
+
+
+def name(row: int) -> str:
+    """The id of a canary that is a record, the name of one that is a site."""
+    return f"canary-{row:04d}"
 
 
 def direction(seed: int, like: State) -> tuple[Tensor, Tensor]:
@@ -131,23 +155,29 @@ def plant(
     """
     if canaries.seeds is None:
         return
-    names = list(parameters(model.state_dict()))
-    sizes = [model.state_dict()[name].numel() for name in names]
-    lines = [direction(one, model.state_dict()) for one in canaries.seeds[included].tolist()]
+    like = model.state_dict()
+    size = sum(value.numel() for value in parameters(like).values())
+    lines = [direction(one, like) for one in canaries.seeds[included].tolist()]
     rng = torch.Generator().manual_seed(seed)
     weights = dict(model.named_parameters())
 
     def join(*_: Any) -> None:
         drawn = (torch.rand(len(lines), generator=rng) < batch / records).nonzero().flatten().tolist()
-        added = torch.zeros(sum(sizes))
+        added = torch.zeros(size)
         for line in drawn:
             added.index_add_(0, *_scaled(lines[line], canaries.norm / batch))
-        for name, part in zip(names, torch.split(added, sizes), strict=True):
-            weight = weights.get(name)
+        for key, part in _unflat(added, like).items():
+            weight = weights.get(key)
             if drawn and weight is not None and weight.grad is not None:
-                weight.grad.add_(part.view_as(weight).to(weight))
+                weight.grad.add_(part.to(weight))
 
     optimizer.register_step_pre_hook(join)
+
+
+def _unflat(flat: Tensor, like: State) -> dict[str, Tensor]:
+    kept = parameters(like)
+    parts = torch.split(flat, [value.numel() for value in kept.values()])
+    return {key: part.view(value.shape) for (key, value), part in zip(kept.items(), parts, strict=True)}
 
 
 def _scaled(line: tuple[Tensor, Tensor], factor: float) -> tuple[Tensor, Tensor]:
@@ -168,12 +198,18 @@ def planted(scenario: Scenario, setting: Setting) -> Planted | None:
     return _planted(scenario.to_json(), setting.id) if setting.canaries else None
 
 
+def canary_sites(scenario: Scenario, setting: Setting) -> int:
+    """How many canaries of a setting are sites, which stand behind the sites with data."""
+    found = planted(scenario, setting)
+    return len(found.canaries) if found is not None and found.canaries.level == "site" else 0
+
+
 @lru_cache(maxsize=4)
 def _planted(text: str, id: str) -> Planted:
     scenario = parse(json.loads(text), root=Path.cwd())
     setting = scenario.setting(id)
     spec = scenario.attack(setting.canaries)
-    names = [site.name for site in data.sites(scenario)]
+    names = [one.name for one in data.sites(scenario)]
     wanted = scenario.threat_table.canary_site or names[0]
     if wanted not in names:
         raise ScenarioError(f"threat.canary_site = {wanted!r}: no site of that name; there are {', '.join(map(repr, names))}")
@@ -187,6 +223,8 @@ def _planted(text: str, id: str) -> Planted:
     if canaries is None or not len(canaries):
         raise ScenarioError(f"attacks.{spec.label}: it brought no canaries")
     included = coins(len(canaries), seed=derive(scenario.seed, "coins", setting.id))
+    if canaries.level == "site":
+        return Planted(canaries=canaries, included=included, place=None, site="")
     return Planted(canaries=canaries, included=included, place=names.index(wanted), site=wanted)
 
 

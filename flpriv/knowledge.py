@@ -99,7 +99,7 @@ def labels(scenario: Scenario, witnesses: Sequence[Witness], *, planted: Planted
 def _trained(scenario: Scenario, planted: Planted | None) -> Records:
     """The training records of all sites: ids tell them apart, whichever node an arrangement gives them to."""
     parts = [data.records(scenario, index, "train") for index in range(len(data.sites(scenario)))]
-    if planted is not None:
+    if planted is not None and planted.place is not None:
         parts[planted.place] = planted.joined(parts[planted.place])
     return Records.concat(parts)
 

@@ -269,7 +269,7 @@ def write_canaries(folder: Path | str, canaries: Canaries) -> None:
     records, seeds = canaries.records, canaries.seeds
     tensors = {"seeds": seeds} if records is None else {"images": records.images, "labels": records.labels}
     write_tensors(folder / "canaries.safetensors", {key: value for key, value in tensors.items() if value is not None})
-    write_json(folder / "canaries.json", {"norm": canaries.norm, "node": canaries.node})
+    write_json(folder / "canaries.json", {"norm": canaries.norm, "level": canaries.level, "nodes": list(canaries.nodes)})
 
 
 def write_labels(folder: Path | str, labels: Mapping[tuple[int, int], Tensor]) -> None:
@@ -458,8 +458,8 @@ def _canaries(folder: Path) -> Canaries | None:
     def found() -> Canaries:
         seeds = mapped.get_tensor("seeds") if "seeds" in mapped.keys() else None  # noqa: SIM118
         records = Records(images=mapped.get_tensor("images"), labels=mapped.get_tensor("labels")) if seeds is None else None
-        node = None if facts["node"] is None else int(facts["node"])
-        return Canaries(records=records, seeds=seeds, norm=float(facts["norm"]), node=node)
+        nodes = tuple(map(int, facts["nodes"]))
+        return Canaries(records=records, seeds=seeds, norm=float(facts["norm"]), level=facts["level"], nodes=nodes)
 
     return _parsed(path, found)
 

@@ -19,6 +19,7 @@ from pydantic import TypeAdapter
 
 from flpriv import data
 from flpriv.attack import Attack, Trap
+from flpriv.canary import canary_sites
 from flpriv.engine.config import RunConfig, read_run_config
 from flpriv.errors import RunError
 from flpriv.files import private_folder
@@ -65,7 +66,7 @@ def main(grid: Grid, context: Context) -> None:
 
 def _train(grid: Grid, config: RunConfig, *, tapped: bool) -> tuple[Result, History]:
     scenario, setting, out = config.scenario, config.setting, private_folder(config.out)
-    sites = len(data.nodes(scenario, setting.arrangement))
+    sites = len(data.nodes(scenario, setting.arrangement)) + canary_sites(scenario, setting)
     task = data.task(scenario, setting.defenses)
     ordered = OrderedGrid.wait(grid, sites, timeout=scenario.federation.timeout)
     seed = derive(scenario.seed, "server", setting.id)

@@ -138,11 +138,11 @@ def test_canaries_are_of_one_kind() -> None:
 def test_a_capture_keeps_all_canaries_and_no_coin(tmp_path: Path, kind: str) -> None:
     task = Task(modality="xray", shape=(1, 4, 4), classes=("a", "b"), model="cnn")
     Sink(tmp_path / "c", granted=Can.SEE_FINAL, task=task)
-    planted = Canaries(records=records(5), node=2**63) if kind == "records" else Canaries(seeds=torch.arange(5), norm=0.3)
+    planted = Canaries(records=records(5), nodes=(2**63,)) if kind == "records" else Canaries(seeds=torch.arange(5), norm=0.3)
     write_canaries(tmp_path / "c", planted)
     back = open_capture(tmp_path / "c").canaries
     assert back is not None
-    assert (len(back), back.norm, back.node) == (5, planted.norm, planted.node)
+    assert (len(back), back.norm, back.nodes) == (5, planted.norm, planted.nodes)
     if kind == "seeds":
         assert back.seeds is not None
         assert torch.equal(back.seeds, torch.arange(5))

@@ -39,6 +39,9 @@ class OneRunAudit(Attack):
         kind: ``"random-gradient"`` (Nasr et al. 2023; each of length ``norm`` along a random direction), ``"mislabelled"`` or
             ``"natural"`` records, or ``"crafted"`` ones (CANIFE, Maddock et al. 2022: their gradients at the initial model stand
             across those of public records).
+        level: ``"record"``, or ``"site"``: each canary is a site without data, whose update in every round is of length ``norm``
+            along a random direction, or zero (after Andrew et al. 2023). It passes the defences that act on updates as any
+            site's does, and those are what it tests; a defence of single records says nothing of it.
         count: canaries, in and out together; more can show a larger epsilon, and disturb training more.
         norm: length of a gradient, cut where those of records are; of a crafted record's gradient the least length.
         score: of records: ``"update"``, or ``"loss"``, which needs no more than the final model.
@@ -54,6 +57,7 @@ class OneRunAudit(Attack):
     paper: ClassVar[str] = "Steinke, Nasr and Jagielski 2023, https://arxiv.org/abs/2305.08846"
 
     kind: Literal["random-gradient", "mislabelled", "natural", "crafted"] = "random-gradient"
+    level: Literal["record", "site"] = "record"
     count: Annotated[int, Field(ge=10)] = 200
     norm: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 1.0
     score: Literal["update", "loss"] = "update"
@@ -62,6 +66,11 @@ class OneRunAudit(Attack):
     delta: Annotated[float, Field(gt=0, lt=1)] = 1e-5
     confidence: Annotated[float, Field(gt=0.5, lt=1)] = 0.95
 
+    def __post_init__(self) -> None:
+        """Refuse sites that would be records."""
+        if self.level == "site" and self.kind != "random-gradient":
+            raise ValueError(f"level = 'site' plants no records: leave kind = {self.kind!r} out")
+
     def canaries(self, task: Task, *, model: nn.Module, public: Records | None, rng: torch.Generator) -> Canaries:
         """The canaries; images are the public ones in random order, then turned and shifted copies of them.
 
@@ -69,7 +78,8 @@ class OneRunAudit(Attack):
             ScenarioError: for a record kind without public images, or a task of one class.
         """
         if self.kind == "random-gradient":
-            return Canaries(seeds=torch.randint(2**62, (self.count,), generator=rng), norm=self.norm)
+            seeds = torch.randint(2**62, (self.count,), generator=rng)
+            return Canaries(seeds=seeds, norm=self.norm, level=self.level)
         if public is None or not len(public):
             raise ScenarioError(f"{self.name}: kind = {self.kind!r} needs public images; set sites.split.public")
         if self.kind != "natural" and len(task.classes) < 2:
@@ -92,9 +102,9 @@ class OneRunAudit(Attack):
         """
         if (canaries := capture.canaries) is None:
             raise CaptureError(f"{self.name}: the capture holds no canaries; run the federation anew with this attack in it")
-        seen = [o for o in capture.observations if canaries.node in (None, o.node) or o.node is None]
+        seen = [o for o in capture.observations if o.node is None or not canaries.nodes or o.node in canaries.nodes]
         if canaries.seeds is not None:
-            scores = _along_directions(canaries.seeds, capture, seen)
+            scores = _along_directions(canaries, canaries.seeds, capture, seen)
         elif canaries.records is not None and (self.score == "loss" or not seen):
             scores = -losses(frozen(capture.task, capture.final, who=f"{self.name}: the final model"), canaries.records)
         else:
@@ -103,14 +113,25 @@ class OneRunAudit(Attack):
         return [PrivacyBound(scores=scores, delta=self.delta, confidence=self.confidence)]
 
 
-def _along_directions(seeds: Tensor, capture: Capture, seen: Sequence[Observation]) -> Tensor:
-    """How far all updates together went along each direction downhill; without updates, how far the models went, or stand."""
-    if seen:
-        total = torch.stack([flat(observation.update) for observation in seen]).sum(0)
-    else:
-        total = flat(capture.final) - (flat(capture.models[0]) if len(capture.models) > 1 else 0)
-    lines = (direction(seed, capture.final) for seed in seeds.tolist())
-    return torch.stack([-(total[places].double() @ entries.double()) for places, entries in lines])
+def _along_directions(canaries: Canaries, seeds: Tensor, capture: Capture, seen: Sequence[Observation]) -> Tensor:
+    """How far all updates together went along each direction; without updates, how far the models went, or stand.
+
+    Gradients are followed downhill, the updates of sites uphill; of a site's own updates none but those tell of it.
+    """
+    moved: dict[int | None, Tensor] = {}
+    for observation in seen:
+        node = observation.node if canaries.level == "site" else None
+        moved[node] = moved.get(node, 0) + flat(observation.update)
+    if not seen:
+        moved[None] = flat(capture.final) - (flat(capture.models[0]) if len(capture.models) > 1 else 0)
+    nodes = canaries.nodes if canaries.level == "site" and None not in moved else (None,) * len(seeds)
+    sign, still = (1 if canaries.level == "site" else -1), torch.zeros(())
+    scores = []
+    for seed, node in zip(seeds.tolist(), nodes, strict=True):
+        places, entries = direction(seed, capture.final)
+        own = moved.get(node, still)
+        scores.append(sign * (own[places].double() @ entries.double()) if own.ndim else still.double())
+    return torch.stack(scores)
 
 
 def _along_gradients(records: Records, capture: Capture, seen: Sequence[Observation], *, who: str) -> Tensor:

@@ -24,6 +24,7 @@ from flwr.supercore.run import Run
 from flwr.supercore.task_identity import TaskIdentity
 
 from flpriv import data
+from flpriv.canary import canary_sites
 from flpriv.engine.config import RunConfig
 from flpriv.errors import FlprivError, RunError
 from flpriv.files import private_folder
@@ -57,7 +58,7 @@ def run(scenario: Scenario, setting: Setting, *, folder: Path, resume: bool = Fa
     """
     config = RunConfig(scenario=scenario, setting=setting, out=private_folder(folder).resolve(), resume=resume)
     try:
-        nodes = _read_images(scenario, setting)
+        nodes = _read_images(scenario, setting) + canary_sites(scenario, setting)
         clients, server = importlib.import_module(CLIENT).app, importlib.import_module(SERVER).app
         run_apps(clients, server, nodes=nodes, run_config=config.to_dict(), seed=scenario.seed)
     except FlprivError:

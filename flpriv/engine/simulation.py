@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING
 
 import flpriv
 from flpriv import data
+from flpriv.canary import canary_sites
 from flpriv.engine.config import RunConfig
 from flpriv.errors import RunError
 from flpriv.files import private_folder, write_private
@@ -87,7 +88,7 @@ def run(scenario: Scenario, setting: Setting, *, folder: Path, resume: bool = Fa
         RunError: if the runtime does not start or the run fails, with the last lines of its log.
         FlprivError: if the scenario is wrong or a file cannot be written.
     """
-    nodes = len(data.nodes(scenario, setting.arrangement))
+    nodes = len(data.nodes(scenario, setting.arrangement)) + canary_sites(scenario, setting)
     out = private_folder(folder).resolve()
     write_private(out / "scenario.json", scenario.to_json().encode())
     config = RunConfig(scenario=scenario, setting=setting, out=out, resume=resume).to_dict()

@@ -33,7 +33,8 @@ def findings(claims: Sequence[PrivacyBound], truth: Truth, new: Callable[..., Fi
     if truth.planted is None:
         raise ClaimError("the bound cannot be measured: it is not known which canaries were in")
     included = truth.planted.included.numpy().astype(bool)
-    claimed = truth.claimed.get(truth.planted.site)
+    kept = [truth.claimed[site] for site in truth.planted.sites if site in truth.claimed]
+    claimed = max(kept, key=lambda claim: claim.epsilon, default=None)
     found = [_finding(_checked(claim, len(included)), included, claim, claimed, len(claims), new) for claim in claims]
     best = max(range(len(found)), key=lambda place: (found[place].headline or _NOTHING).value or 0.0)
     return [found[best]]

@@ -279,8 +279,10 @@ def _planted(attack: Attack | None, task: Task, public: Records, *, node: int, s
     found = attack.canaries(task, model=initial, public=public, rng=rng) if attack is not None else None
     if found is None:
         return None
+    if found.level == "site":
+        raise ValueError("the glass federation has no canaries that are sites; check the attack with others")
     included = coins(len(found), seed=derive(seed, "coins"))
-    return Planted(canaries=replace(found, node=node), included=included, place=0, site=site)
+    return Planted(canaries=replace(found, nodes=(node,)), included=included, place=0, site=site)
 
 
 def _federate(
@@ -309,7 +311,7 @@ def _federate(
                 model = attack.architecture(model, task)
             sent = _copy(honest if armed is None else armed)
             model.load_state_dict(dict(sent))
-            sown = planted if planted is not None and planted.canaries.node == node else None
+            sown = planted if planted is not None and node in planted.canaries.nodes else None
             labels = train(model, records, plan.recipe, seed=derive(seed, "train", round, node), planted=sown)
             observation = Observation(
                 round=round,

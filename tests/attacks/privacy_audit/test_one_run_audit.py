@@ -115,7 +115,7 @@ def test_scores_are_lengths_along_directions_of_the_node_that_planted_them() -> 
     update = torch.zeros_like(flat(state))
     update[lines[4][0]] -= 0.3 * lines[4][1]
     observations = (seen(7, update), seen(7, update, round=2), seen(8, torch.randn_like(update)))
-    capture = Capture(granted=ALL, task=TASK, observations=observations, models=(state,), canaries=replace(canaries, node=7))
+    capture = Capture(granted=ALL, task=TASK, observations=observations, models=(state,), canaries=replace(canaries, nodes=(7,)))
     (claim,) = create("attacks", "one-run-audit", {})(capture)
     assert isinstance(claim, PrivacyBound)
     assert float(claim.scores[4]) == pytest.approx(0.6, rel=1e-3)
@@ -156,7 +156,7 @@ def whole(tmp_path: Path, **tables: Any) -> Verdict:
     scenario = parse(
         {
             "seed": 1,
-            "plugins": [str(Path(__file__).with_name("broken_dp.py"))],
+            "plugins": [str(Path(__file__).parents[3] / "examples" / "broken_dp.py")],
             "sites": {"source": "phantom", "sites": 2, "size": 16, "patients": 60},
             "model": {"name": "cnn", "width": 16},
             "federation": {"rounds": 3, "local": {"lr": 0.05, "batch_size": 16}},
@@ -211,3 +211,40 @@ def test_records_are_planted_at_the_site_the_scenario_names(tmp_path: Path) -> N
     assert 10 <= len(set(notes[1].split("canary-"))) - 1 <= 30
     with pytest.raises(ScenarioError, match="canary_site = 'hospital-9'"):
         whole(tmp_path / "no", attacks={"one-run-audit": {}}, threat={"canary_site": "hospital-9"})
+
+
+def test_sites_that_are_canaries_pass_the_defences_of_updates(tmp_path: Path) -> None:
+    verdict = whole(
+        tmp_path,
+        attacks={"sites": {"attack": "one-run-audit", "level": "site", "count": 60}},
+        defenses={
+            "gaussian": {"noise_multiplier": 8.0, "formal": True},
+            "clip": {"defense": "gaussian", "noise_multiplier": 0.0},
+        },
+    )
+    plain, noised, clipped = (named(verdict, defense) for defense in ("none", "gaussian", "clip"))
+    for finding in (plain, clipped):
+        assert finding.headline is not None
+        assert (finding.headline.value or 0) > 2
+        assert finding.headline.null is None
+    assert noised.headline is not None
+    assert noised.headline.null == pytest.approx(verdict.settings[1].epsilon["hospital-1"])
+    assert (noised.headline.value or 0) < (noised.headline.null or 0)
+    assert set(verdict.settings[1].epsilon) == {"hospital-1", "hospital-2"}
+    assert not verdict.settings[0].events
+    with pytest.raises(ScenarioError, match="plants no records"):
+        create("attacks", "one-run-audit", {"level": "site", "kind": "natural"})
+
+
+def test_a_sites_own_updates_alone_tell_of_it() -> None:
+    canaries = Canaries(seeds=torch.tensor([11, 12, 13]), level="site", nodes=(7, 8, 9))
+    assert canaries.seeds is not None
+    state = TASK.build(seed=1).state_dict()
+    lines = [direction(one, state) for one in canaries.seeds.tolist()]
+    update = torch.zeros_like(flat(state))
+    update[lines[1][0]] += 0.4 * lines[1][1]
+    capture = Capture(
+        granted=ALL, task=TASK, observations=(seen(8, update), seen(5, -update * 9)), models=(state,), canaries=canaries
+    )
+    (claim,) = create("attacks", "one-run-audit", {})(capture)
+    assert claim.scores.tolist() == pytest.approx([0, 0.4, 0], abs=1e-4)
