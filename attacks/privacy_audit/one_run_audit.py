@@ -32,8 +32,8 @@ class OneRunAudit(Attack):
 
     Record kinds use the images set aside as public, turned and shifted copies where those are too few. A gradient needs no image:
     it joins the clipped and summed gradients of a step, is the strongest record there can be, and so comes nearest to what the
-    proof is about. Such canaries are scored by how far the updates went along them, records by their loss under the final model
-    or by how far the updates went along their gradient (Andrew et al. 2023 score whole clients so).
+    proof is about. Such canaries are scored by how far the updates went along them, records by their
+    loss or by how far the updates went along their gradient (Andrew et al. 2023 score whole clients so).
 
     Args:
         kind: ``"random-gradient"`` (Nasr et al. 2023; each of length ``norm`` along a random direction), ``"mislabelled"`` or
@@ -44,7 +44,8 @@ class OneRunAudit(Attack):
             site's does, and those are what it tests; a defence of single records says nothing of it.
         count: canaries, in and out together; more can show a larger epsilon, and disturb training more.
         norm: length of a gradient, cut where those of records are; of a crafted record's gradient the least length.
-        score: of records: ``"update"``, or ``"loss"``, which needs no more than the final model.
+        score: of records: ``"loss"`` under the last model that their site sent, or the final one where that is all there is;
+            ``"update"`` for how far the updates went along their gradients; by default that for crafted records alone.
         steps: of the search for crafted records.
         spread: look at no more than this many rounds for the gradients of records, spread evenly.
         delta: at which the bound is said where no defence claims an epsilon at another.
@@ -60,7 +61,7 @@ class OneRunAudit(Attack):
     level: Literal["record", "site"] = "record"
     count: Annotated[int, Field(ge=10)] = 200
     norm: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 1.0
-    score: Literal["update", "loss"] = "update"
+    score: Literal["update", "loss"] | None = None
     steps: Annotated[int, Field(ge=1)] = 30
     spread: Annotated[int, Field(ge=1)] = 10
     delta: Annotated[float, Field(gt=0, lt=1)] = 1e-5
@@ -103,13 +104,16 @@ class OneRunAudit(Attack):
         if (canaries := capture.canaries) is None:
             raise CaptureError(f"{self.name}: the capture holds no canaries; run the federation anew with this attack in it")
         seen = [o for o in capture.observations if o.node is None or not canaries.nodes or o.node in canaries.nodes]
+        by = self.score or ("update" if self.kind == "crafted" else "loss")
         if canaries.seeds is not None:
             scores = _along_directions(canaries, canaries.seeds, capture, seen)
-        elif canaries.records is not None and (self.score == "loss" or not seen):
-            scores = -losses(frozen(capture.task, capture.final, who=f"{self.name}: the final model"), canaries.records)
+        elif canaries.records is not None and seen and by == "update":
+            scores = _along_gradients(canaries.records, capture, _spread(seen, self.spread), who=self.name)
         else:
             assert canaries.records is not None
-            scores = _along_gradients(canaries.records, capture, _spread(seen, self.spread), who=self.name)
+            own = [observation.returned for observation in seen if observation.node is not None]
+            model = frozen(capture.task, own[-1] if own else capture.final, who=f"{self.name}: the last model")
+            scores = -losses(model, canaries.records)
         return [PrivacyBound(scores=scores, delta=self.delta, confidence=self.confidence)]
 
 

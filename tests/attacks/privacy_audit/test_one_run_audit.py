@@ -142,7 +142,8 @@ def test_a_capture_without_canaries_or_models_is_refused() -> None:
     [
         ({"count": 100}, 2.5),
         ({"kind": "mislabelled", "count": 48}, 1.0),
-        ({"kind": "mislabelled", "count": 48, "score": "loss"}, 0.8),
+        ({"kind": "mislabelled", "count": 48, "score": "update"}, 1.0),
+        ({"kind": "crafted", "count": 48}, 0.5),
     ],
 )
 def test_a_federation_that_knows_its_records_by_heart_is_found_out(options: Mapping[str, Any], least: float) -> None:
@@ -248,3 +249,18 @@ def test_a_sites_own_updates_alone_tell_of_it() -> None:
     )
     (claim,) = create("attacks", "one-run-audit", {})(capture)
     assert claim.scores.tolist() == pytest.approx([0, 0.4, 0], abs=1e-4)
+
+
+def test_records_are_scored_under_the_last_model_of_their_site_where_it_is_seen() -> None:
+    records = public()
+    state, rng = TASK.build(seed=1).state_dict(), torch.Generator().manual_seed(4)
+    updates = [0.1 * torch.randn(flat(state).shape, generator=rng) for _ in range(3)]
+    observations = (seen(7, updates[0]), seen(7, updates[1], round=2), seen(8, updates[2], round=2))
+    canaries = Canaries(records=records, nodes=(7,))
+    capture = Capture(granted=ALL, task=TASK, observations=observations, models=(state,), canaries=canaries)
+    for given, scored in ((capture, observations[1].returned), (replace(capture, observations=()), state)):
+        (claim,) = create("attacks", "one-run-audit", {"kind": "natural"})(given)
+        model = TASK.build()
+        model.load_state_dict(dict(scored))
+        expected = -functional.cross_entropy(model.eval()(records.images).detach(), records.labels, reduction="none")
+        assert torch.allclose(claim.scores.float(), expected, atol=1e-5)
