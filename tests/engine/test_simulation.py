@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -65,14 +67,25 @@ def by_site(folder: Path) -> dict[tuple[int, str], tuple[Observation, Witness]]:
     return {(round, witnesses[round, node].site): (one, witnesses[round, node]) for (round, node), one in found.items()}
 
 
-def test_the_same_captures_on_both_engines(tmp_path: Path) -> None:
-    audit = scenario.parse(SCENARIO, root=tmp_path)
+CANARIES = {"attack": "one-run-audit", "count": 10}
+
+
+@pytest.mark.parametrize(
+    ("options", "seen"),
+    [
+        ({}, 4),
+        pytest.param({"attacks": {"sites": {**CANARIES, "level": "site"}}}, 18, marks=pytest.mark.slow),
+        pytest.param({"attacks": {"records": {**CANARIES, "kind": "mislabelled"}}}, 4, marks=pytest.mark.slow),
+    ],
+)
+def test_the_same_captures_on_both_engines(options: Mapping[str, Any], seen: int, tmp_path: Path) -> None:
+    audit = scenario.parse({**SCENARIO, **options}, root=tmp_path)
     setting = audit.settings()[0]
     inline.run(audit, setting, folder=tmp_path / "inline")
     simulation.run(audit, setting, folder=tmp_path / "simulation")
     here, there = by_site(tmp_path / "inline"), by_site(tmp_path / "simulation")
     assert here.keys() == there.keys()
-    assert len(here) == 4
+    assert len(here) == seen
     for key, (one, witness) in here.items():
         other, told = there[key]
         assert (witness.steps, one.examples) == (told.steps, other.examples)
