@@ -134,7 +134,7 @@ def test_the_word_in_a_stack() -> None:
         ),
         (
             {"threat": {"model": "malicious-server"}, "attacks": {"imprint": {}}},
-            'attacks.imprint: an active attack .* \'centralised\' has none; .* attacks.imprint.against = \\["none", "iid"\\]',
+            'attacks.imprint: an active attack.* \'centralised\' has none; .* attacks.imprint.against = \\["none", "iid"\\]',
         ),
     ],
 )
