@@ -51,7 +51,7 @@ def gradients(
 ) -> Gradients:
     """The gradients of the loss of each record, one pass for all ``directions``; exact for any model in eval mode.
 
-    Records pass one by one on a CPU, which is several times faster there than per-sample transforms of convolutions.
+    Records pass one by one on a CPU, which is faster there than per-sample transforms of convolutions.
 
     Args:
         model: where the gradients are taken, in the mode it is in.
@@ -65,7 +65,7 @@ def gradients(
     names = directions[0].keys() if directions else dict(model.named_parameters()).keys()
     weights = {key: value.detach().requires_grad_() for key, value in model.named_parameters() if key in names}
     rest = {key: value for key, value in (*model.named_parameters(), *model.named_buffers()) if key not in weights}
-    along = {key: torch.stack([d[key].to(device).flatten() for d in directions], 1) for key in weights} if directions else {}
+    along = {key: torch.stack([d[key].to(device).flatten() for d in directions]) for key in weights} if directions else {}
 
     def loss(weights: dict[str, Tensor], image: Tensor, label: Tensor) -> Tensor:
         return functional.cross_entropy(functional_call(model, (weights, rest), (image[None],)), label[None])
@@ -84,10 +84,10 @@ def gradients(
     products, squares = [], []
     for part in (together if at_once else one_by_one)(records.images, records.labels):
         flat = {key: value.flatten(1) for key, value in part.items()}
-        squares.append(_sum([value.double().square().sum(1) for value in flat.values()]))
+        squares.append(_sum([_squares(value) for value in flat.values()]))
         none = squares[-1].new_zeros(len(squares[-1]), 0)
-        products.append(_sum([(flat[key] @ along[key]).double() for key in along]) if along else none)
-    lengths = _sum([value.double().square().sum(0) for value in along.values()]).sqrt() if along else torch.zeros(0)
+        products.append(_sum([(flat[key] @ along[key].T).double() for key in along]) if along else none)
+    lengths = _sum([_squares(value) for value in along.values()]).sqrt() if along else torch.zeros(0)
     return Gradients(products=torch.cat(products).cpu(), squares=torch.cat(squares).cpu(), lengths=lengths.double().cpu())
 
 
@@ -202,3 +202,8 @@ def _by_model(observations: Sequence[Observation]) -> list[list[Observation]]:
 
 def _sum(parts: Sequence[Tensor]) -> Tensor:
     return torch.stack(list(parts)).sum(0)
+
+
+def _squares(rows: Tensor) -> Tensor:
+    """Squared norms of ``rows`` ``(N, P)``, float64; summed in their own precision, for copies of large layers cost more."""
+    return torch.einsum("np,np->n", rows, rows).double()
