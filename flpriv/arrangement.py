@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from types import MappingProxyType
@@ -32,6 +32,13 @@ Place = tuple[int, int]
 def arrangement_of(stack: str) -> Arrangement:
     """The arrangement that a stack of ``compare`` names, ``"federated"`` where it names none."""
     return next((RESERVED[word] for word in stack.split("+") if word in RESERVED), FEDERATED)
+
+
+def undefended(stacks: Iterable[str]) -> str:
+    """Which of ``stacks`` stands for the federation without defences: ``"none"``, else the first arrangement alone."""
+    known = list(stacks)
+    alone = next((stack for stack in known if stack in RESERVED and stack != "untrained"), "none")
+    return "none" if "none" in known else alone
 
 
 @dataclass(frozen=True, kw_only=True)

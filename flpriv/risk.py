@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
-from flpriv.arrangement import FEDERATED, arrangement_of
+from flpriv.arrangement import arrangement_of, undefended
 from flpriv.claim import Goal
 from flpriv.finding import Finding, Level, Metric, SettingResult
 
@@ -45,7 +45,8 @@ def worst(findings: Sequence[Finding]) -> Finding | None:
 
 def sentence(findings: Sequence[Finding], adversary: str) -> tuple[Level, str]:
     """The verdict over the findings without a defence: level, and one sentence a privacy officer can act on."""
-    plain = [f for f in findings if f.defense == "none" and not f.site]
+    base = undefended(f.defense for f in findings)
+    plain = [f for f in findings if f.defense == base and not f.site]
     top = worst(plain)
     if top is None or top.level is Level.UNKNOWN:
         failed = sorted({f.attack for f in plain if f.status == "failed"})
@@ -62,10 +63,10 @@ def sentence(findings: Sequence[Finding], adversary: str) -> tuple[Level, str]:
             f.defense
             for f in findings
             if not f.site
-            and f.defense != "none"
+            and f.defense != base
             and f.attack == top.attack
             and f.level <= Level.LOW
-            and arrangement_of(f.defense) == FEDERATED
+            and arrangement_of(f.defense) == arrangement_of(base)
         }
     )
     if Level.UNKNOWN in {f.level for f in plain}:
@@ -105,7 +106,8 @@ def caveats(
 
 def _passive_beats_active(findings: Sequence[Finding], settings: Sequence[SettingResult]) -> bool:
     traps = {setting.id: setting.trap for setting in settings}
-    plain = [f for f in findings if f.defense == "none" and not f.site and f.goal is Goal.RECONSTRUCTION and f.headline]
+    base = undefended(f.defense for f in findings)
+    plain = [f for f in findings if f.defense == base and not f.site and f.goal is Goal.RECONSTRUCTION and f.headline]
     active = [f.headline.high for f in plain if f.headline and f.headline.high is not None and traps.get(f.setting)]
     passive = [f.headline.low for f in plain if f.headline and f.headline.low is not None and not traps.get(f.setting)]
     return bool(active and passive) and max(passive) > max(active)

@@ -112,3 +112,13 @@ def test_a_refusal_is_no_caveat() -> None:
     refused = (Event(round=1, who="a", what="refused: model-guard: no"),)
     setting = SettingResult(id="none", defense="none", trap="", recipe="", rounds=1, utility=(), events=refused)
     assert not caveats([], [setting])
+
+
+def test_where_there_is_no_plain_federation_an_arrangement_alone_is_the_undefended_one() -> None:
+    metric = Metric(name="AUC", value=0.8, low=0.75, high=0.85, n=100, null=0.5, null_name="chance")
+    own = Finding(attack="a", name="a", goal=Goal.MEMBERSHIP, setting="iid", defense="iid", headline=metric, metrics=(metric,))
+    weak = replace(metric, value=0.5, low=0.45, high=0.55)
+    kept = replace(own, defense="iid+dp-sgd", setting="iid+dp-sgd", headline=weak, metrics=(weak,))
+    level, text = sentence([judge(own), judge(kept)], "model-user")
+    assert level is Level.HIGH
+    assert "'iid+dp-sgd' brought this attack down" in text
