@@ -21,6 +21,8 @@ class ResNet18(Model):
         widen: factor on all channels, > 0; 1 is the published 64, 128, 256, 512.
         stem_stride: stride of the first 7×7 convolution; 2 as published, 1 keeps small images large.
         max_pool: whether the stem ends in a max pooling of stride 2.
+        norm: ``"batch"`` as published, or ``"group"``, as DP-SGD wants it: there are no running statistics to average over sites
+            that are unlike one another.
     """
 
     name: ClassVar[str] = "resnet18"
@@ -29,12 +31,13 @@ class ResNet18(Model):
     widen: Annotated[float, Field(gt=0)] = 1.0
     stem_stride: Literal[1, 2] = 1
     max_pool: bool = True
+    norm: Literal["batch", "group"] = "batch"
 
     def build(self, shape: tuple[int, ...], classes: int) -> nn.Module:
         """As :meth:`flpriv.model.Model.build`; keys as in MONAI's ``resnet18``."""
         from monai.networks.nets.resnet import ResNet
 
-        return out_of_place(
+        built = out_of_place(
             ResNet(
                 block="basic",
                 layers=[2, 2, 2, 2],
@@ -47,3 +50,9 @@ class ResNet18(Model):
                 num_classes=classes,
             )
         )
+        if self.norm == "batch":
+            return built
+        from opacus.validators import ModuleValidator
+
+        grouped: nn.Module = ModuleValidator.fix(built)
+        return grouped

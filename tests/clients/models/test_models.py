@@ -163,6 +163,16 @@ def test_without_the_fix_per_sample_gradients_fail() -> None:
         torch.autograd.backward(functional.cross_entropy(GradSampleModule(original)(torch.rand(2, *FLAT)), torch.tensor([0, 1])))
 
 
+@pytest.mark.parametrize("widen", [1.0, 0.125])
+def test_resnet18_with_group_normalisation(widen: float) -> None:
+    """No running statistics to average over unlike sites, and nothing for DP-SGD to mend."""
+    model = build("resnet18", widen=widen, norm="group")
+    norms = [module for module in model.modules() if isinstance(module, nn.GroupNorm)]
+    assert len(norms) == sum(isinstance(module, nn.BatchNorm2d) for module in build("resnet18", widen=widen).modules())
+    assert not list(model.buffers())
+    assert ModuleValidator.is_valid(model)
+
+
 def test_resnet18_under_opacus_trains_with_noise() -> None:
     model = ModuleValidator.fix(build("resnet18", widen=0.5))
     loader = DataLoader(TensorDataset(torch.rand(8, *FLAT), torch.arange(8) % 2), batch_size=4)
