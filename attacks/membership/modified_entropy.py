@@ -19,9 +19,10 @@ from flpriv.threat import Can
 
 @dataclass(frozen=True, kw_only=True)
 class ModifiedEntropy(Attack):
-    """Scores each candidate by ``(1 - p_y) log p_y + Σ_{i≠y} p_i log(1 - p_i)``: near 0 where the model is sure and right.
+    """Scores each candidate by how sure the model is of the right answer, and how sure that the others are wrong.
 
-    One claim about the whole federation, from the final model alone. With two classes it ranks exactly as the loss does.
+    The score is ``(1 - p_y) log p_y + Σ_{i≠y} p_i log(1 - p_i)``, near 0 where the model is sure and right. One claim about the
+    whole federation, from the final model alone. With two classes it ranks exactly as the loss does.
     """
 
     name: ClassVar[str] = "modified-entropy"

@@ -19,13 +19,13 @@ TIE = 1e-7
 
 @dataclass(frozen=True, kw_only=True)
 class RMIA(ReferenceAttack):
-    """Scores each candidate by the share of public images z that it beats: ``LR(x) / LR(z) > γ``.
+    """Scores each candidate by the share of public images it beats in how much surer the model is of it than others are.
 
-    ``LR(x) = p(x; final) / p(x)``, where ``p(x)`` is what models make of x on average. Offline it is estimated from those that
-    were not trained on x, as ``½ ((1 + a) mean_out + 1 - a)``; online it is the mean of those with and those without x. Of a
-    public image only models without it count, for the attacked one is without it too: the plain mean (online) or the same
-    estimate (offline). Few public images, or a model that is sure of nothing, make many ties; LR(x) itself, of which the share
-    is a staircase, breaks them. One claim about the whole federation.
+    Public images z count where ``LR(x) / LR(z) > γ``. ``LR(x) = p(x; final) / p(x)``, where ``p(x)`` is what models make of x on
+    average. Offline it is estimated from those that were not trained on x, as ``½ ((1 + a) mean_out + 1 - a)``; online it is
+    the mean of those with and those without x. Of a public image only models without it count, for the attacked one is without
+    it too: the plain mean (online) or the same estimate (offline). Few public images, or a model that is sure of nothing, make
+    many ties; LR(x) itself, of which the share is a staircase, breaks them. One claim about the whole federation.
 
     Args:
         online: use the shadows that were trained on the record too.
