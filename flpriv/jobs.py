@@ -6,8 +6,9 @@ import multiprocessing
 import os
 import threading
 import time
-from collections.abc import Callable, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor, as_completed
+from contextlib import contextmanager, nullcontext
 from typing import Any, TypeVar
 
 from flpriv import memory
@@ -24,7 +25,14 @@ def cores() -> int:
 
 
 def run(
-    work: Callable[[T], R], items: Sequence[T], *, what: str, name: Callable[[T], str], workers: int = 1, ray: str = ""
+    work: Callable[[T], R],
+    items: Sequence[T],
+    *,
+    what: str,
+    name: Callable[[T], str],
+    workers: int = 1,
+    here: bool = False,
+    ray: str = "",
 ) -> list[R]:
     """``[work(item) for item in items]``, by up to ``workers`` processes; in this one where that is 1 or there is one item.
 
@@ -36,6 +44,7 @@ def run(
         what: the whole, for progress.
         name: of one item, for progress.
         workers: at most this many processes.
+        here: whether this process is one of them, and works while the others start.
         ray: address of a Ray cluster to work on instead, or ``"local"`` to start one here.
 
     Raises:
@@ -53,16 +62,44 @@ def run(
         return found
     threads = max(1, cores() // workers)
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(workers, context, initializer=_start, initargs=(os.getpid(), threads)) as pool:
-        futures = {pool.submit(work, item): item for item in items}
+    own: dict[int, R] = {}
+    with ProcessPoolExecutor(workers - here, context, initializer=_start, initargs=(os.getpid(), threads)) as pool:
+        futures = [pool.submit(work, item) for item in items]
         try:
-            for done, future in enumerate(as_completed(futures)):
+            with _threads(threads) if here else nullcontext():
+                for place in reversed(range(len(items))) if here else ():
+                    if futures[place].cancel():
+                        own[place] = work(items[place])
+                        tell(what, len(own) + _finished(futures), len(items), name(items[place]))
+            theirs = {future: item for future, item in zip(futures, items, strict=True) if not future.cancelled()}
+            for done, future in enumerate(as_completed(theirs)):
                 future.result()
-                tell(what, done + 1, len(items), name(futures[future]))
+                tell(what, len(own) + done + 1, len(items), name(theirs[future]))
         except BaseException:
             pool.shutdown(wait=True, cancel_futures=True)
             raise
-        return [future.result() for future in futures]
+        return [own[place] if place in own else future.result() for place, future in enumerate(futures)]
+
+
+def _finished(futures: Sequence[Future[R]]) -> int:
+    """How many processes have done; what one of them raised is raised."""
+    done = [future for future in futures if future.done() and not future.cancelled()]
+    for future in done:
+        future.result()
+    return len(done)
+
+
+@contextmanager
+def _threads(count: int) -> Iterator[None]:
+    """That many threads of torch in this process."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def _on_ray(work: Callable[[T], R], items: Sequence[T], *, what: str, name: Callable[[T], str], address: str) -> list[R]:

@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 
 from flpriv.errors import DataError
 from flpriv.jobs import run
@@ -44,6 +45,25 @@ def test_in_order_and_told() -> None:
 
 def test_processes_give_the_same_in_the_same_order() -> None:
     assert run(abs, [-3, 2, -1, -7], what="x", name=str, workers=2) == [3, 2, 1, 7]
+
+
+def test_this_process_may_be_one_of_them() -> None:
+    """It works from the other end, on its share of the threads, while the other processes start."""
+    told: list[tuple[int, int | None]] = []
+    before = torch.get_num_threads()
+    with listen(lambda what, done, total, note: told.append((done, total))):
+        places = run(where, list(range(60)), what="x", name=str, workers=2, here=True)
+    assert torch.get_num_threads() == before
+    assert [item for item, _ in places] == list(range(60))
+    assert os.getpid() in {pid for _, pid in places}
+    assert len(told) == 61
+    assert told[-1] == (60, 60)
+    with pytest.raises(ValueError, match="invalid literal"):
+        run(int, ["1", "one", "2", "3"], what="x", name=str, workers=2, here=True)
+
+
+def where(item: int) -> tuple[int, int]:
+    return item, os.getpid()
 
 
 def fail(item: int) -> int:

@@ -25,4 +25,4 @@ def test_memory_that_was_freed_is_used_again() -> None:
         int(subprocess.run([sys.executable, "-c", FAULTS, how], capture_output=True, text=True, check=True).stdout)
         for how in ("free", "keep")
     )
-    assert kept < free / 10 or not sys.platform.startswith("linux")
+    assert kept <= free / 10 or not sys.platform.startswith("linux")

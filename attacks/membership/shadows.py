@@ -147,7 +147,9 @@ def shadows(capture: Capture, course: Course, pool: Pool, *, count: int, seed: i
             try:
                 for wait in (False, True):
                     missing = [replace(order, wait=wait) for order in orders if not order.path.is_file()]
-                    jobs.run(_train, missing, what="shadow federations", name=str, workers=torch.get_num_threads(), ray=ray)
+                    jobs.run(
+                        _train, missing, what="shadow federations", name=str, workers=torch.get_num_threads(), here=True, ray=ray
+                    )
             finally:
                 held.unlink(missing_ok=True)
         for order in orders:
