@@ -91,11 +91,12 @@ def _finished(futures: Sequence[Future[R]]) -> int:
 
 @contextmanager
 def _threads(count: int) -> Iterator[None]:
-    """That many threads of torch in this process."""
+    """That many threads of torch in this process, as in a worker."""
     import torch
 
     before = torch.get_num_threads()
     torch.set_num_threads(count)
+    memory.keep()
     try:
         yield
     finally:

@@ -34,7 +34,7 @@ from flpriv.task import Task
 from flpriv.threat import Can
 
 TASK = Task(modality="xray", shape=(1, 32, 32), classes=("a", "b"), model="cnn", options={"width": 48})
-RECIPE = LocalRecipe(lr=0.01, momentum=0.9, batch_size=16, epochs=2)
+RECIPE = LocalRecipe(lr=0.01, momentum=0.9, batch_size=16, epochs=4)
 
 
 def noise(count: int, *, seed: int) -> Records:
