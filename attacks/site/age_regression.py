@@ -11,10 +11,8 @@ from pydantic import Field
 from torch import Tensor
 
 from flpriv.attack import Attack
-from flpriv.attacks.frozen import frozen
-from flpriv.attacks.site.features import features, pixel_statistics
+from flpriv.attacks.site.features import PIXELS, UNTRAINED, looked_at
 from flpriv.attacks.site.probes import head_regression, ridge
-from flpriv.attacks.site.site_inference import PIXELS, UNTRAINED
 from flpriv.bands import years
 from flpriv.capture import Capture
 from flpriv.claim import Estimate, Goal
@@ -69,18 +67,14 @@ class AgeRegression(Attack):
         claims = [self._claim(ages.mean().expand(len(asked)), "mean", MEAN, 0)]
         plan = [("", everywhere), *((UNTRAINED, range(i, i + 1)) for i in everywhere), (PIXELS, everywhere)]
         for baseline, repeats in track(plan, self.name):
-            known, unknown = (self._features(capture, baseline, images, seeds[repeats[0]]) for images in (exposed, asked))
+            known, unknown = (
+                looked_at(capture, baseline, images, seed=seeds[repeats[0]], who=self.name) for images in (exposed, asked)
+            )
             for repeat in repeats:
                 found = head_regression(known, ages, unknown, epochs=self.epochs, seed=seeds[repeat])
                 claims.append(self._claim(found, "head", baseline, repeat))
             claims.append(self._claim(ridge(known, ages, unknown), "ridge regression", baseline, repeats[0]))
         return claims
-
-    def _features(self, capture: Capture, baseline: str, images: Tensor, seed: int) -> Tensor:
-        if baseline == PIXELS:
-            return pixel_statistics(images)
-        state = capture.task.build(seed=seed).state_dict() if baseline == UNTRAINED else capture.final
-        return features(frozen(capture.task, state, who=f"{self.name}: the final model"), images)
 
     def _claim(self, values: Tensor, probe: str, baseline: str, repeat: int) -> Estimate:
         return Estimate(attribute="age", values=values, probe=probe, baseline=baseline, repeat=repeat)

@@ -5,8 +5,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from flpriv.attacks.frozen import frozen
+from flpriv.capture import Capture
 from flpriv.errors import ScenarioError
 
+UNTRAINED = "untrained backbone"
+PIXELS = "pixel statistics"
 PERCENTILES = (0.01, 0.05, 0.25, 0.5, 0.75, 0.95, 0.99)
 
 
@@ -56,6 +60,26 @@ def pixel_statistics(images: Tensor) -> Tensor:
     steps = [images.diff(dim=axis).abs().flatten(1).mean(1) for axis in range(2, images.dim())]
     spread = flat.quantile(torch.tensor(PERCENTILES), dim=1)
     return torch.stack([flat.mean(1), flat.std(1), *spread, *steps], 1)
+
+
+def looked_at(capture: Capture, baseline: str, images: Tensor, *, seed: int, who: str) -> Tensor:
+    """What a probe of one baseline looks at: ``(N, features)``, of the captured model where ``baseline`` is empty.
+
+    Args:
+        capture: with a final model.
+        baseline: :data:`UNTRAINED`, :data:`PIXELS` or empty.
+        images: N of them.
+        seed: of untrained weights.
+        who: for errors.
+
+    Raises:
+        UpdateError: if the captured model is not the task's.
+        ScenarioError: for a model without a dense layer.
+    """
+    if baseline == PIXELS:
+        return pixel_statistics(images)
+    state = capture.task.build(seed=seed).state_dict() if baseline == UNTRAINED else capture.final
+    return features(frozen(capture.task, state, who=f"{who}: the final model"), images)
 
 
 def _pooled(inputs: Tensor, maps: list[Tensor]) -> Tensor:

@@ -11,8 +11,7 @@ from pydantic import Field
 from torch import Tensor
 
 from flpriv.attack import Attack
-from flpriv.attacks.frozen import frozen
-from flpriv.attacks.site.features import features, pixel_statistics
+from flpriv.attacks.site.features import PIXELS, UNTRAINED, looked_at
 from flpriv.attacks.site.probes import head, logistic
 from flpriv.bands import band, bands
 from flpriv.capture import Capture
@@ -21,9 +20,6 @@ from flpriv.errors import CaptureError
 from flpriv.progress import track
 from flpriv.records import Records
 from flpriv.threat import Can
-
-UNTRAINED = "untrained backbone"
-PIXELS = "pixel statistics"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,19 +64,15 @@ class SiteInference(Attack):
         plan = [("", everywhere), *((UNTRAINED, range(i, i + 1)) for i in everywhere), (PIXELS, everywhere)]
         claims = []
         for baseline, repeats in track(plan, self.name):
-            known, unknown = (self._features(capture, baseline, images, seeds[repeats[0]]) for images in (exposed.images, asked))
+            known, unknown = (
+                looked_at(capture, baseline, images, seed=seeds[repeats[0]], who=self.name) for images in (exposed.images, asked)
+            )
             for repeat in repeats:
                 guess = head(known, codes, unknown, classes=len(classes), epochs=self.epochs, seed=seeds[repeat])
                 claims.append(self._claim(classes, guess, "head", baseline, repeat))
             guess = logistic(known, codes, unknown, classes=len(classes))
             claims.append(self._claim(classes, guess, "logistic probe", baseline, repeats[0]))
         return claims
-
-    def _features(self, capture: Capture, baseline: str, images: Tensor, seed: int) -> Tensor:
-        if baseline == PIXELS:
-            return pixel_statistics(images)
-        state = capture.task.build(seed=seed).state_dict() if baseline == UNTRAINED else capture.final
-        return features(frozen(capture.task, state, who=f"{self.name}: the final model"), images)
 
     def _known(self, capture: Capture) -> tuple[Records, Tensor, tuple[str, ...]]:
         """The exposed records whose attribute is known, their class codes, and the classes."""
