@@ -270,7 +270,8 @@ def _measure(job: Job, facts: Truth) -> list[Finding]:
 
 def _result(scenario: Scenario, setting: Setting, where: Path, witnesses: Sequence[Witness]) -> SettingResult:
     ran = _ran(where)
-    names, real = {witness.node: witness.site for witness in witnesses}, {site.name for site in data.sites(scenario)}
+    names = {witness.node: witness.site for witness in witnesses}
+    real = {node.name for node in data.nodes(scenario, setting.arrangement)}
     events = tuple(Event(round=int(e["round"]), who=_named(e["who"], names), what=str(e["what"])) for e in ran.get("events", ()))
     events = tuple(event for event in events if event.who in real or not event.what.startswith("not evaluated:"))
     epsilon: dict[str, float] = {}

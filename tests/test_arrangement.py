@@ -196,6 +196,16 @@ def test_one_scenario_from_images_to_verdict(tmp_path: Path) -> None:
     assert "'untrained'" not in verdict.sentence
 
 
+def test_what_nodes_of_an_arrangement_spend_is_told_and_caps_membership(tmp_path: Path) -> None:
+    changes = {"defenses": {"dp-sgd": {"noise_multiplier": 4.0}}, "compare": ["iid+dp-sgd"], "attacks": {"loss-threshold": {}}}
+    verdict = audit.run(scenario(**changes), out=tmp_path / "run")
+    (setting,) = verdict.settings
+    assert sorted(setting.epsilon) == ["mixed 1", "mixed 2", "mixed 3"]
+    assert all(epsilon > 0 for epsilon in setting.epsilon.values())
+    metrics = {metric.name for finding in verdict.findings if not finding.site for metric in finding.metrics}
+    assert "largest AUC allowed" in metrics
+
+
 def test_an_interrupted_arrangement_goes_on(tmp_path: Path) -> None:
     for setting in scenario().settings():
         whole, halved = tmp_path / "whole" / setting.id, tmp_path / "halved" / setting.id
