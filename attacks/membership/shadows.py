@@ -116,9 +116,10 @@ def pool(capture: Capture, course: Course, *, asked: bool, who: str) -> Pool:
 def shadows(capture: Capture, course: Course, pool: Pool, *, count: int, seed: int, ray: str = "") -> Iterator[Shadow]:
     """Train ``count`` shadows side by side; those trained before, by any attack of the run, are read.
 
-    There are as many processes of one thread as this process has threads, which is faster than models stacked into one (a grouped
-    convolution is slower than one model after another) and than threads within a model (its steps are too small). Shadows start
-    from the federation's first model where the adversary has seen it. Each is kept as soon as it is done.
+    There are as many processes of one thread as this process has threads: stacked into one model, shadows train slower than one
+    after another (grouped convolutions), and threads within a small model get in each other's way on a machine that does
+    anything else. Shadows start from the federation's first model where the adversary has seen it. Each is kept as soon as it
+    is done.
 
     Args:
         capture: whose federation is repeated.
