@@ -4,7 +4,7 @@
 
 All ways train shadows of the 0.1M-parameter CNN on as many records in as many steps: one after another by the local loop of the
 sites, with torch's default threads; the same by the leaner loop of the shadows, with all threads and with one; stacked into one
-model by torch.func; and as flpriv does, in processes of one thread. What loses is measured on a quarter of the work, and times four.
+model by torch.func; and as flpriv does, in processes of one thread. What loses is measured on a quarter of the work, times four.
 """
 
 from __future__ import annotations
