@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import signal
 import subprocess
@@ -47,8 +48,11 @@ def test_processes_give_the_same_in_the_same_order() -> None:
     assert run(abs, [-3, 2, -1, -7], what="x", name=str, workers=2) == [3, 2, 1, 7]
 
 
-def test_this_process_may_be_one_of_them() -> None:
+def test_this_process_may_be_one_of_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """It works from the other end, on its share of the threads, while the other processes start."""
+    (tmp_path / "whereabouts.py").write_text("import os\n\n\ndef where(item):\n    return item, os.getpid()\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    where = importlib.import_module("whereabouts").where
     told: list[tuple[int, int | None]] = []
     before = torch.get_num_threads()
     with listen(lambda what, done, total, note: told.append((done, total))):
@@ -60,10 +64,6 @@ def test_this_process_may_be_one_of_them() -> None:
     assert told[-1] == (60, 60)
     with pytest.raises(ValueError, match="invalid literal"):
         run(int, ["1", "one", "2", "3"], what="x", name=str, workers=2, here=True)
-
-
-def where(item: int) -> tuple[int, int]:
-    return item, os.getpid()
 
 
 def fail(item: int) -> int:
