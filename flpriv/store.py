@@ -456,7 +456,8 @@ def _canaries(folder: Path) -> Canaries | None:
     facts, mapped = read_json(path), _open(folder / "canaries.safetensors")
 
     def found() -> Canaries:
-        seeds = mapped.get_tensor("seeds") if "seeds" in mapped.keys() else None  # noqa: SIM118
+        names = tuple(mapped.keys())
+        seeds = mapped.get_tensor("seeds") if "seeds" in names else None
         records = Records(images=mapped.get_tensor("images"), labels=mapped.get_tensor("labels")) if seeds is None else None
         nodes = tuple(map(int, facts["nodes"]))
         return Canaries(records=records, seeds=seeds, norm=float(facts["norm"]), level=facts["level"], nodes=nodes)

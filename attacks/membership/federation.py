@@ -73,7 +73,9 @@ def federate(task: Task, course: Course, records: Records, *, start: State | Non
     if start is not None:
         model.load_state_dict(dict(start))
     layout = torch.channels_last if records.images.dim() == 4 else torch.channels_last_3d
-    model = model.to(memory_format=layout)  # type: ignore[call-overload]
+    for parameter in model.parameters():
+        if parameter.dim() == records.images.dim():
+            parameter.data = parameter.data.contiguous(memory_format=layout)
     images, labels = records.images.to(device).contiguous(memory_format=layout), records.labels.to(device)
     rng = torch.Generator().manual_seed(derive(seed, "order"))
     nodes = _deal(len(records), course.shares, rng)
