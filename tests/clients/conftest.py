@@ -46,8 +46,10 @@ def messages(
         places = {r.metadata.src_node_id: r.content["site"]["partition-id"] for r in grid.send_and_receive(everyone)}
         node = next(node for node, place in places.items() if place == site)
         for number in rounds:
-            content = {"arrays": ArrayRecord(dict(state)), "config": ConfigRecord({"server-round": number, **(config or {})})}
-            replies.extend(grid.send_and_receive([Message(RecordDict(content), node, kind)]))  # type: ignore[arg-type]
+            content = RecordDict()
+            content["arrays"] = ArrayRecord(dict(state))
+            content["config"] = ConfigRecord({"server-round": number, **(config or {})})
+            replies.extend(grid.send_and_receive([Message(content, node, kind)]))
 
     run = RunConfig(scenario=scenario, setting=scenario.setting(setting), out=out)
     nodes = scenario.sites.options.get("sites", 3)

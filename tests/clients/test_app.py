@@ -116,7 +116,7 @@ def initial(scenario: Scenario, seed: int = 0) -> dict[str, Tensor]:
 
 def arrays(reply: Message) -> dict[str, Tensor]:
     assert not reply.has_error(), reply.error
-    return dict(reply.content["arrays"].to_torch_state_dict())  # type: ignore[union-attr]
+    return dict(reply.content.array_records["arrays"].to_torch_state_dict())
 
 
 def one_step(**local: Any) -> dict[str, Any]:

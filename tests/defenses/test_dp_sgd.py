@@ -173,7 +173,9 @@ def test_eval_mode_recipes_train_too(loop: Loops, local: Surroundings) -> None:
 def test_architecture_replaces_batch_norm_and_an_unagreed_model_is_refused(loop: Loops, local: Surroundings) -> None:
     defense = DPSGD()
     fixed = defense.architecture(small(norm=True))
-    assert isinstance(fixed[1], nn.GroupNorm) and not fixed[2].inplace  # type: ignore[index]
+    layers = dict(fixed.named_children())
+    assert isinstance(layers["1"], nn.GroupNorm)
+    assert not getattr(layers["2"], "inplace", True)
     list(train(defense.prepare(loop(fixed), local=local())))
     with pytest.raises(ScenarioError, match=r"layer '1' \(BatchNorm2d\)"):
         defense.prepare(loop(small(norm=True)), local=local())

@@ -16,15 +16,15 @@ from flpriv.defense import Local
 from flpriv.defenses.model_guard import ModelGuard
 from flpriv.recipe import LocalRecipe
 from flpriv.records import Records
-from flpriv.registry import create
+from flpriv.registry import create, validate
 from flpriv.task import Task
 
-DENSE = {"model": "flpriv.testing:dense_net", "options": {"inputs": 1024, "width": 128, "classes": 2}}
+DENSE = {"inputs": 1024, "width": 128, "classes": 2}
 
 
 def task(model: str, *, dims: int = 2, side: int = 32) -> Task:
-    facts: Mapping[str, object] = DENSE if model == "dense" else {"model": model}
-    return Task(modality="xray", shape=(1, *[side] * dims), classes=("a", "b"), **facts)  # type: ignore[arg-type]
+    name, options = ("flpriv.testing:dense_net", DENSE) if model == "dense" else (model, {})
+    return Task(modality="xray", shape=(1, *[side] * dims), classes=("a", "b"), model=name, options=options)
 
 
 def here(agreed: Task | None, records: Records | None = None) -> Local:
@@ -57,7 +57,7 @@ def volumes(test_data: Path) -> Records:
 
 def trained(agreed: Task, records: Records, *, steps: int, optimizer: str = "sgd", lr: float = 0.05) -> Mapping[str, Tensor]:
     model = agreed.build(seed=3)
-    recipe = LocalRecipe(optimizer=optimizer, lr=lr, steps=steps)  # type: ignore[arg-type]
+    recipe = validate(LocalRecipe, {"optimizer": optimizer, "lr": lr, "steps": steps}, where="test")
     train(model, records, recipe, classes=2, seed=1)
     return model.state_dict()
 
